@@ -1,0 +1,205 @@
+"""Runs a schedule on a transport with a set of kernels: the one implementation of every method on every device."""
+
+from collections.abc import Callable
+
+import torch
+
+from ..kernels.base import Kernels
+from ..mesh import Mesh
+from ..transport.base import Exchange, Place, Transport
+from .methods import gather as gather_method
+from .placement import Placement
+from .schedule import Attend, Piece, Pull, Push, Schedule, Shape
+
+Record = Callable[[str, str, float, float, int], None]  # name, lane, start, end (seconds), bytes
+Partial = tuple[torch.Tensor, torch.Tensor]
+
+
+class Spans:
+    """Times the executor's steps, where a trace wants them."""
+
+    def __init__(self, record: Record | None, now: Callable[[], float]) -> None:
+        self.record, self.now = record, now
+
+    def start(self) -> float:
+        return self.now() if self.record else 0.0
+
+    def end(self, name: str, lane: str, start: float, nbytes: int = 0) -> None:
+        if self.record:
+            self.record(name, lane, start, self.now(), nbytes)
+
+
+class Replay:
+    """One rank's part of a schedule, replayed round after round in symmetric memory."""
+
+    def __init__(self, placement: Placement, transport: Transport, dtype: torch.dtype, spans: Spans) -> None:
+        self.placement, self.transport, self.spans = placement, transport, spans
+        self.rank = transport.rank
+        self.steps = placement.schedule.ranks[self.rank]
+        self.slot = placement.schedule.slot(self.rank)
+        self.exchange: Exchange = transport.exchange(placement.pattern(dtype))
+        self._set = 0
+        self._open = False
+
+    def memory(self, rank: int) -> torch.Tensor:
+        found = self.exchange.memory(rank, self._set)
+        assert found is not None, f"rank {rank} cannot be addressed from rank {self.rank}"
+        return found
+
+    def view(self, pieces: list[Piece], rank: int) -> torch.Tensor | None:
+        return self.placement.view(self.memory(rank), rank, pieces)
+
+    def publish(self, tensor: str, x: torch.Tensor) -> None:
+        """Writes this rank's tokens of `tensor` into its blocks, one a head slot, and signals each.
+
+        x: [B, tokens, H, D]. Slots of other ranks go first, the next in the mesh before the ones after it.
+        """
+        if not self._open:
+            self._set, self._open = self.exchange.begin(), True
+        slots = self.placement.schedule.slots
+        rows = x.transpose(0, 1)
+        for i in range(1, slots + 1):
+            slot = (self.slot + i) % slots
+            heads = self.placement.heads[slot]
+            piece = Piece(tensor, self.rank, slot)
+            block = self.view([piece], self.rank)
+            assert block is not None
+            block.copy_(rows[:, :, heads.start : heads.stop])
+            self.exchange.signal(self.placement.place(piece, self.rank))
+
+    def pull(self, step: Pull) -> None:
+        """Returns when the piece is readable; brings it to its place among this rank's pieces if it has one."""
+        start = self.spans.start()
+        holder = self.placement.holder(step.piece, self.rank)
+        self.exchange.wait(self.placement.place(step.piece, holder))
+        nbytes = self.placement.count(step.piece) * self.memory(self.rank).element_size()
+        if holder == self.rank:
+            self.spans.end(f"pull {step.piece.tensor}", "inter", start, nbytes)
+            return
+        if step.piece in self.placement.blocks[self.rank]:
+            here, there = self.view([step.piece], self.rank), self.view([step.piece], holder)
+            assert here is not None and there is not None
+            here.copy_(there)
+        self.transport.traffic.intra += nbytes
+        self.spans.end(f"pull {step.piece.tensor}", "intra", start, nbytes)
+
+    def finish(self) -> None:
+        """Ends the round: nothing of it is still leaving this rank's memory."""
+        self.exchange.quiet()
+        self._open = False
+
+    def close(self) -> None:
+        self.exchange.close()
+
+
+class Attention:
+    """Sequence-parallel attention for one shape: publish v, k, q of this rank's tokens, then `attend`."""
+
+    def __init__(
+        self,
+        schedule: Schedule,
+        shape: Shape,
+        transport: Transport,
+        kernels: Kernels,
+        dtype: torch.dtype,
+        spans: Spans,
+    ) -> None:
+        self.placement = Placement(schedule, shape, tuple(transport.nodes))
+        self.kernels, self.spans = kernels, spans
+        self.replay = Replay(self.placement, transport, dtype, spans)
+        self.publish = self.replay.publish
+        self.close = self.replay.close
+
+    def attend(self) -> torch.Tensor:
+        """The attention output of this rank's tokens, all heads: [B, tokens, H, D]."""
+        partial: dict[int, Partial] = {}
+        for step in self.replay.steps:
+            match step:
+                case Pull():
+                    self.replay.pull(step)
+                case Attend(q, kv):
+                    self._attend(q, kv, partial)
+                case Push(piece, _):
+                    self._push(piece, partial[piece.tokens][0])
+        rank, slot = self.replay.rank, self.replay.slot
+        self._push(Piece("o", rank, slot), partial[rank][0])
+        out = self._collect()
+        self.replay.finish()
+        return out
+
+    def _operand(self, tensor: str, tokens: tuple[int, ...]) -> torch.Tensor:
+        """The pieces of `tensor` as one tensor: a view where they lie together, in a peer's memory if only there."""
+        replay = self.replay
+        pieces = [Piece(tensor, who, replay.slot) for who in tokens]
+        if (view := replay.view(pieces, replay.rank)) is not None:
+            return view
+        parts = []
+        for piece in pieces:
+            here = piece in self.placement.blocks[replay.rank]
+            part = replay.view([piece], replay.rank if here else self.placement.holder(piece, replay.rank))
+            assert part is not None
+            parts.append(part)
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _attend(self, q: tuple[int, ...], kv: tuple[int, ...], partial: dict[int, Partial]) -> None:
+        start = self.spans.start()
+        out, lse = self.kernels.attend(self._operand("q", q), self._operand("k", kv), self._operand("v", kv))
+        at = 0
+        for who in q:
+            count = len(self.placement.tokens[who])
+            new = out[at : at + count], lse[at : at + count]
+            partial[who] = self.kernels.merge(*partial[who], *new) if who in partial else new
+            at += count
+        self.spans.end("attend", "compute", start)
+
+    def _push(self, piece: Piece, out: torch.Tensor) -> None:
+        start = self.spans.start()
+        place = self.placement.landing(piece, self.replay.rank)
+        block = self.replay.view([piece], place.rank)
+        assert block is not None
+        block.copy_(out)
+        self.replay.exchange.signal(place)
+        if piece.tokens != self.replay.rank:
+            lane = "intra" if place.rank == piece.tokens else "inter"
+            nbytes = block.numel() * block.element_size()
+            if lane == "intra":
+                self.replay.transport.traffic.intra += nbytes
+            self.spans.end("push o", lane, start, nbytes)
+
+    def _collect(self) -> torch.Tensor:
+        """Waits for this rank's o of every head slot and puts the slots side by side."""
+        start, rank = self.spans.start(), self.replay.rank
+        parts = []
+        for slot in range(self.placement.schedule.slots):
+            piece = Piece("o", rank, slot)
+            self.replay.exchange.wait(Place(rank, self.placement.blocks[rank][piece][0]))
+            part = self.replay.view([piece], rank)
+            assert part is not None
+            parts.append(part)
+        # A copy also where there is one slot: the block is given up two rounds later, the result is not.
+        out = torch.cat(parts, dim=2).transpose(0, 1).contiguous()
+        self.spans.end("wait o", "inter" if len(set(self.placement.nodes)) > 1 else "intra", start)
+        return out
+
+
+class Gather:
+    """Brings all ranks' tokens together on every rank, by the same means as attention."""
+
+    def __init__(self, batch: int, length: int, channels: int, transport: Transport, dtype: torch.dtype, spans: Spans):
+        schedule = Schedule.of("gather", gather_method, Mesh(("ring", transport.size)))
+        placement = Placement(schedule, Shape(batch, length, 1, channels), tuple(transport.nodes))
+        self.replay = Replay(placement, transport, dtype, spans)
+        self.close = self.replay.close
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """x: this rank's [B, tokens, C]; returns [B, L, C]."""
+        replay = self.replay
+        replay.publish("x", x[:, :, None])
+        for step in replay.steps:
+            assert isinstance(step, Pull)
+            replay.pull(step)
+        pieces = [Piece("x", rank, 0) for rank in range(len(replay.placement.tokens))]
+        parts = [replay.view([piece], replay.rank) for piece in pieces]
+        out = torch.cat([part for part in parts if part is not None])[:, :, 0].transpose(0, 1).contiguous()
+        replay.finish()
+        return out

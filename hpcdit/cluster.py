@@ -1,0 +1,255 @@
+"""MPI start-up, waiting, abort and shutdown in one place; who sits on which node.
+
+Every wait polls and naps: MPI's own blocking calls spin, which takes the cores from the ranks that compute, and they
+cannot be left when a peer is gone. While it waits, a rank watches the heartbeats of the ranks it waits for.
+"""
+
+import contextlib
+import json
+import os
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+import mpi4py
+import numpy as np
+
+from .errors import InputError, PeerLost
+from .service import Service
+
+mpi4py.rc.thread_level = "multiple"  # a thread makes progress while the main thread computes
+from mpi4py import MPI  # noqa: E402  (this import starts MPI, with the thread level asked for above)
+
+from .heartbeats import Heartbeats  # noqa: E402
+
+NAP_S = 50e-6, 1e-3  # first and longest nap of a wait
+CHECK_S = 0.25  # between two looks at a peer's heartbeat
+
+
+def launch_error(env: Mapping[str, str], size: int) -> str | None:
+    """Why a world of `size` ranks cannot be what was launched, or None: n worlds of one rank overwrite each other."""
+    sizes = {
+        key: env[key] for key in ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "SLURM_NTASKS") if env.get(key, "").isdigit()
+    }
+    wrong = {key: n for key, n in sizes.items() if int(n) != size}
+    # Inside an allocation mpirun sets its own size, and Slurm's speaks of the allocation.
+    if not wrong or (size > 1 and len(wrong) < len(sizes)):
+        return None
+    key, n = next(iter(wrong.items()))
+    return (
+        f"{key}={n}, but MPI sees {size} rank{'s' * (size > 1)}: the launcher and the MPI library do not know each"
+        " other. Under Slurm start with `srun --mpi=pmi2` or `--mpi=pmix` (`srun --mpi=list` names what there is), else"
+        " with the mpirun of the MPI that mpi4py uses (`python -m mpi4py --mpi-library`);"
+        f" for a run on one rank, unset {key}"
+    )
+
+
+def split(comm: MPI.Comm, color: int, key: int) -> MPI.Intracomm:
+    """The ranks of `comm` with the same `color`, ordered by `key`."""
+    found = comm.Split(color, key)
+    assert isinstance(found, MPI.Intracomm)
+    return found
+
+
+class World:
+    """All ranks, numbered node by node, with heartbeats; what every part of the program waits and talks through."""
+
+    def __init__(self, comm: MPI.Comm | None = None) -> None:
+        """comm: the ranks that run together; all that were started, where left out."""
+        if comm is None:
+            comm = MPI.COMM_WORLD
+            if (why := launch_error(os.environ, comm.size)) is not None:
+                raise InputError(why)
+        real = comm.Split_type(MPI.COMM_TYPE_SHARED)
+        assert isinstance(real, MPI.Intracomm)
+        first = np.empty(comm.size, np.int64)
+        mine = np.array([real.allreduce(comm.rank, op=MPI.MIN)], np.int64)
+        comm.Allgather(mine, first)
+        order = sorted(set(first.tolist()))
+        # Ranks of a node must follow each other, whatever order the launcher chose: meshes are numbered that way.
+        self.comm = split(comm, 0, order.index(mine[0]) * comm.size + real.rank)
+        self.rank, self.size = self.comm.rank, self.comm.size
+        self.hosts = tuple(order.index(leader) for leader in sorted(first.tolist(), key=order.index))
+        self.host_comm = real
+        self.cores = self._threads()
+        self.hostname = socket.gethostname()
+        self.timeout_s = 60.0  # until the configuration is known
+        self._beats = Heartbeats(self.comm, self.host_comm, self.hosts)
+        self._blocked: Iterator[None] | None = None
+        self.service = Service(self._beat, self.comm.Iprobe, self._fail)
+        self.service.start()
+
+    def _threads(self) -> int:
+        """Cores of the host / ranks of the host, unless OMP_NUM_THREADS says otherwise."""
+        if (asked := os.environ.get("OMP_NUM_THREADS", "").split(",")[0]).isdigit() and int(asked) > 0:
+            return int(asked)
+        cores = set().union(*self.host_comm.allgather(sorted(os.sched_getaffinity(0))))
+        return max(1, len(cores) // self.host_comm.size)
+
+    def _beat(self) -> None:
+        self._beats.beat()
+        if (watch := self._blocked) is not None:
+            next(watch)
+
+    def _fail(self, error: BaseException) -> None:
+        known = isinstance(error, PeerLost)
+        self.abort(4, str(error) if known else "".join(traceback.format_exception(error)))
+
+    def abort(self, code: int, message: str) -> None:
+        """Ends all ranks at once with `code`, saying which rank had to and why."""
+        sys.stdout.flush()
+        print(f"hpcdit: rank {self.rank} on {self.hostname}: {message}", file=sys.stderr, flush=True)
+        self.comm.Abort(code)
+        os._exit(code)
+
+    def close(self) -> None:
+        """Collective end of a run in which all is well: nothing is left open that would make MPI's Finalize abort."""
+        self.barrier("the end of the run")
+        self.service.stop()
+        self._beats.close()
+        self.comm.Free()
+        self.host_comm.Free()
+
+    # Waiting
+
+    def wait(self, done: Callable[[], bool], peers: Sequence[int], what: str, nap_s: float = NAP_S[0]) -> None:
+        """Polls `done` with naps until it holds. Raises PeerLost if one of `peers` is silent for timeout_s."""
+        watch, check = None, time.monotonic() + CHECK_S
+        while not done():
+            time.sleep(nap_s)
+            nap_s = min(nap_s * 1.2, NAP_S[1])
+            if time.monotonic() > check:
+                watch = watch or self._beats.watch(peers, what, self.timeout_s)
+                next(watch)
+                check = time.monotonic() + CHECK_S
+
+    @contextlib.contextmanager
+    def blocking(self, what: str) -> Iterator[None]:
+        """Around collective calls of MPI that cannot be polled: the service thread ends the run if a peer is lost."""
+        self.barrier(what)  # so that the call itself is short, and a late rank is waited for without spinning
+        self._blocked = self._beats.watch(range(self.size), what, self.timeout_s)
+        try:
+            yield
+        finally:
+            self._blocked = None
+
+    def barrier(self, what: str) -> None:
+        self.wait(self.comm.Ibarrier().Test, range(self.size), what)
+
+    def broadcast(self, value: Any, what: str, root: int = 0) -> Any:
+        """`value` of `root` on every rank, as JSON carries it."""
+        data = np.frombuffer(json.dumps(value).encode(), np.uint8).copy() if self.rank == root else None
+        size = np.array([0 if data is None else len(data)], np.int64)
+        self.wait(self.comm.Ibcast(size, root).Test, [root], what)
+        data = np.empty(size[0], np.uint8) if data is None else data
+        self.wait(self.comm.Ibcast(data, root).Test, [root], what)
+        return json.loads(data.tobytes())
+
+    def agree(self, first: Callable[[], Any], what: str) -> Any:
+        """What `first` returns on rank 0, on every rank; an InputError of it is raised on every rank."""
+        answer: dict[str, Any] = {}
+        if self.rank == 0:
+            try:
+                answer = {"value": first()}
+            except InputError as error:
+                answer = {"error": str(error)}
+        answer = self.broadcast(answer, what)
+        if "error" in answer:
+            raise InputError(answer["error"])
+        return answer["value"]
+
+    def largest(self, value: float, what: str) -> float:
+        """The largest `value` of all ranks, on all ranks."""
+        found = np.empty(1)
+        self.wait(self.comm.Iallreduce(np.array([float(value)]), found, MPI.MAX).Test, range(self.size), what)
+        return float(found[0])
+
+    def gather(self, data: bytes, root: int, what: str) -> list[bytes]:
+        """All ranks' `data` by rank on `root`; an empty list elsewhere."""
+        sizes = np.empty(self.size, np.int64)
+        self.wait(self.comm.Iallgather(np.array([len(data)], np.int64), sizes).Test, range(self.size), what)
+        every = np.empty(int(sizes.sum()) if self.rank == root else 0, np.uint8)
+        starts = np.concatenate([[0], np.cumsum(sizes)])
+        into = [every, sizes.tolist(), starts[:-1].tolist(), MPI.BYTE] if self.rank == root else None
+        send = np.frombuffer(data, np.uint8)
+        self.wait(self.comm.Igatherv([send, MPI.BYTE], into, root).Test, range(self.size), what)
+        if self.rank != root:
+            return []
+        return [every[a:b].tobytes() for a, b in pairwise(starts)]
+
+    def clock_offset(self, tries: int = 9) -> float:
+        """Seconds to add to this rank's `time.perf_counter()` to read rank 0's; from the quickest of some round trips.
+
+        Ranks of rank 0's host share its clock.
+        """
+        offset, leaders = 0.0, [self.hosts.index(host) for host in range(1, max(self.hosts) + 1)]
+        for leader in leaders:
+            if self.rank == 0:
+                for _ in range(tries):
+                    self._swap(leader, time.perf_counter)
+            elif self.rank == leader:
+                best = float("inf")
+                for _ in range(tries):
+                    start = time.perf_counter()
+                    theirs = self._swap(0, time.perf_counter)
+                    end = time.perf_counter()
+                    if end - start < best:
+                        best, offset = end - start, theirs - (start + end) / 2
+        found = np.array([offset])
+        self.wait(self.host_comm.Ibcast(found, 0).Test, [self.hosts.index(self.hosts[self.rank])], "the clocks")
+        return float(found[0])
+
+    def _swap(self, peer: int, value: Callable[[], float]) -> float:
+        """Half of a ping-pong: rank 0 answers with its clock when asked; the other asks and returns the answer."""
+        got, tag = np.empty(1), 77
+        if self.rank == 0:
+            self.wait(self.comm.Irecv(got, peer, tag).Test, [peer], "the clocks", nap_s=0)
+            self.wait(self.comm.Isend(np.array([value()]), peer, tag).Test, [peer], "the clocks", nap_s=0)
+        else:
+            self.wait(self.comm.Isend(np.array([value()]), peer, tag).Test, [peer], "the clocks", nap_s=0)
+            self.wait(self.comm.Irecv(got, peer, tag).Test, [peer], "the clocks", nap_s=0)
+        return float(got[0])
+
+
+class Cluster:
+    """The world cut into nodes: those of the machine, or groups of `ranks_per_node` that stand for nodes."""
+
+    def __init__(self, world: World, ranks_per_node: int | None = None) -> None:
+        self.world = world
+        counts: dict[int, int] = {}
+        keys = []
+        for host in world.hosts:
+            local = counts[host] = counts.get(host, -1) + 1
+            keys.append((host, local // ranks_per_node if ranks_per_node else 0))
+        order = list(dict.fromkeys(keys))
+        self.nodes = tuple(order.index(key) for key in keys)
+        self.node = self.nodes[world.rank]
+        self.node_comm = split(world.comm, self.node, world.rank)
+        self.local_rank = self.node_comm.rank
+
+    @property
+    def node_count(self) -> int:
+        return self.nodes[-1] + 1
+
+    def describe(self) -> dict[str, Any]:
+        """For the provenance and the log."""
+        return {
+            "ranks": self.world.size,
+            "nodes": self.node_count,
+            "ranks_per_node": [self.nodes.count(node) for node in range(self.node_count)],
+            "hosts": max(self.world.hosts) + 1,
+            "threads_per_rank": self.world.cores,
+            "mpi": MPI.Get_library_version().split("\n")[0].strip("\0 "),
+        }
+
+    def close(self) -> None:
+        self.node_comm.Free()
+
+
+def finalize() -> None:
+    """The end of MPI in this process; every World is closed by now."""
+    MPI.Finalize()

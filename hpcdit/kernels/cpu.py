@@ -1,0 +1,37 @@
+"""What runs on the device, for CPUs, in torch. The layout is `[tokens, batch, heads, dim]` throughout."""
+
+import torch
+
+
+def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of all of q to all of k, v, with the log-sum-exp of its scores.
+
+    q: [Lq, B, H, D]; k, v: [Lk, B, H, D]; any strides with unit stride in D; Lq, Lk, H may be zero.
+    Returns out [Lq, B, H, D] in q's dtype and lse [Lq, B, H] in float32 (float64 for float64 inputs).
+    """
+    if q.numel() == 0 or k.numel() == 0:  # the kernel divides by its block count
+        lse_dtype = torch.promote_types(q.dtype, torch.float32)
+        return torch.zeros_like(q), torch.full(q.shape[:3], -torch.inf, dtype=lse_dtype)
+    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    out, lse = flash(*(x.permute(1, 2, 0, 3) for x in (q, k, v)))
+    return out.permute(2, 0, 1, 3), lse.permute(2, 0, 1)
+
+
+def merge(
+    out: torch.Tensor, lse: torch.Tensor, new_out: torch.Tensor, new_lse: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Merges two partial results over disjoint keys by their log-sum-exp, in float32 or better.
+
+    Shapes as `attend` returns them; the merged out has the promoted dtype of lse, so that repeated merges lose nothing.
+    """
+    top = torch.maximum(lse, new_lse)
+    both = torch.logaddexp(lse, new_lse)
+    # Where neither has met a key both are -inf: the weights are then 0, not nan.
+    steady = torch.where(torch.isinf(top), torch.zeros_like(top), both)
+    first, second = torch.exp(lse - steady)[..., None], torch.exp(new_lse - steady)[..., None]
+    return out * first + new_out * second, both
+
+
+def to_uint8(frames: torch.Tensor) -> torch.Tensor:
+    """Frames in [0, 1] to 0..255, rounded to nearest; same shape."""
+    return (frames * 255).round().clamp(0, 255).to(torch.uint8)

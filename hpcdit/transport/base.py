@@ -1,0 +1,110 @@
+"""One-sided communication: what the attention executor asks of a transport.
+
+A schedule is static, so all transfers of a layer are known in advance. They are given once, as a `Pattern`, and
+replayed round after round (a round is a layer): memory is divided into blocks, `signal` says that a block is written,
+`wait` returns when a block is readable. Nobody receives: whether a transfer is the owner's put, the reader's get, or
+nothing at all because the reader addresses the owner's memory, is the transport's choice.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+
+@dataclass(frozen=True, order=True)
+class Place:
+    """Block number `block` in the symmetric memory of `rank`."""
+
+    rank: int
+    block: int
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """A block that crosses nodes: from the memory it lies in to its copy in the memory of a reader."""
+
+    source: Place
+    target: Place
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """One layer's memory and transfers, the same object on all ranks.
+
+    spans: for each rank, (offset, count) in elements of each of its blocks.
+    transfers: those of the blocks that cross nodes; every other reader reads in place.
+    names: what a block holds, for messages, by rank and block.
+    """
+
+    dtype: torch.dtype
+    spans: tuple[tuple[tuple[int, int], ...], ...]
+    transfers: tuple[Transfer, ...]
+    names: tuple[tuple[str, ...], ...]
+
+    def elements(self, rank: int) -> int:
+        """Elements of one buffer set of `rank`."""
+        return max((offset + count for offset, count in self.spans[rank]), default=0)
+
+    def nbytes(self, place: Place) -> int:
+        return self.spans[place.rank][place.block][1] * self.dtype.itemsize
+
+
+@dataclass
+class Traffic:
+    """Bytes moved by this rank, by link class; `intra` counts what is read in place inside a node."""
+
+    intra: int = 0
+    inter: int = 0
+
+
+class Exchange(ABC):
+    """A pattern in symmetric memory: two buffer sets that alternate by round, so that no round needs a barrier."""
+
+    SETS = 2
+
+    @abstractmethod
+    def memory(self, rank: int, which: int) -> torch.Tensor | None:
+        """Buffer set `which` of `rank` as a flat tensor, or None where this process cannot address it."""
+
+    @abstractmethod
+    def begin(self) -> int:
+        """Begins the next round; returns its buffer set. What the set held two rounds ago is given up."""
+
+    @abstractmethod
+    def signal(self, place: Place) -> None:
+        """`place` (own, or an addressable peer's) is written: its readers may have it, its transfers start."""
+
+    @abstractmethod
+    def wait(self, place: Place) -> None:
+        """Returns when `place` (own or addressable) is readable. Raises PeerLost naming rank and piece."""
+
+    @abstractmethod
+    def quiet(self) -> None:
+        """Returns when this rank's outgoing transfers of the round have left its memory."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Frees the memory; collective."""
+
+
+@dataclass
+class Transport(ABC):
+    """Where the ranks of a group are, and how they reach each other."""
+
+    rank: int
+    nodes: Sequence[int]
+    traffic: Traffic = field(default_factory=Traffic)
+
+    @property
+    def size(self) -> int:
+        return len(self.nodes)
+
+    @abstractmethod
+    def exchange(self, pattern: Pattern) -> Exchange:
+        """Sets up `pattern`; collective over the group."""
+
+    @abstractmethod
+    def describe(self) -> dict[str, str]:
+        """What was chosen, for the provenance: kind, and the way between nodes with its measured seconds."""

@@ -1,0 +1,168 @@
+"""Symmetric memory in MPI windows, and the two ways in which blocks travel between nodes."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+
+import numpy as np
+from mpi4py import MPI
+
+from ..cluster import Cluster, World
+from ..heartbeats import array
+from .base import Exchange, Pattern, Place, Transfer
+
+
+class Memory:
+    """Symmetric memory: `nbytes` of each rank, read in place inside the node, reached by `window` from everywhere."""
+
+    def __init__(self, cluster: Cluster, nbytes: int) -> None:
+        self._cluster = cluster
+        self._shared = MPI.Win.Allocate_shared(max(nbytes, 8), 1, comm=cluster.node_comm)
+        self.window = MPI.Win.Create(self._shared.tomemory(), 1, comm=cluster.world.comm)
+        self._shared.Lock_all()
+        self.window.Lock_all()
+        self._first = cluster.nodes.index(cluster.node)
+
+    def of(self, rank: int) -> np.ndarray | None:
+        """The bytes of `rank`, or None if it is on another node."""
+        if self._cluster.nodes[rank] != self._cluster.node:
+            return None
+        return array(self._shared.Shared_query(rank - self._first)[0])
+
+    def sync(self) -> None:
+        """A memory barrier, before a signal is given and after it was seen."""
+        self._shared.Sync()
+
+    def close(self) -> None:
+        for window in (self.window, self._shared):
+            window.Unlock_all()
+            window.Free()
+
+
+class Wire(ABC):
+    """How blocks travel between nodes. Called under the exchange's lock, from the main and the service thread."""
+
+    @abstractmethod
+    def begin(self, which: int, number: int) -> None:
+        """Round `number` begins, on buffer set `which`."""
+
+    @abstractmethod
+    def start(self, transfer: Transfer, which: int, number: int) -> None:
+        """The source block of `transfer`, in this rank's memory, is written."""
+
+    @abstractmethod
+    def poll(self) -> list[tuple[Transfer, int]]:
+        """(transfer, round) of what has arrived in this rank's memory since the last poll."""
+
+    @abstractmethod
+    def leaving(self) -> bool:
+        """Whether blocks of this rank are still to leave its memory."""
+
+    @abstractmethod
+    def busy(self) -> bool:
+        """Whether anything is under way that wants frequent polls."""
+
+    @abstractmethod
+    def close(self) -> None: ...
+
+
+class PersistentWire(Wire):
+    """Both ends know every transfer in advance: requests are made once, receives are started as a round begins."""
+
+    def __init__(self, pattern: Pattern, comm: MPI.Comm, buffers: Callable[[Place, int], np.ndarray]) -> None:
+        self._requests: dict[tuple[Transfer, int], MPI.Prequest] = {}
+        self._inward = [t for t in pattern.transfers if t.target.rank == comm.rank]
+        self._outward = [t for t in pattern.transfers if t.source.rank == comm.rank]
+        self._comm = comm.Dup()  # tags of this exchange meet no others
+        for number, t in enumerate(pattern.transfers):
+            for which in range(Exchange.SETS):
+                tag = number * Exchange.SETS + which
+                if t in self._inward:
+                    request = self._comm.Recv_init(buffers(t.target, which), t.source.rank, tag)
+                elif t in self._outward:
+                    request = self._comm.Send_init(buffers(t.source, which), t.target.rank, tag)
+                else:
+                    continue
+                self._requests[t, which] = request
+        self._receiving: dict[Transfer, tuple[MPI.Request, int]] = {}
+        self._sending: list[MPI.Request] = []
+
+    def begin(self, which: int, number: int) -> None:
+        for t in self._inward:
+            request = self._requests[t, which]
+            request.Start()
+            self._receiving[t] = request, number
+
+    def start(self, transfer: Transfer, which: int, number: int) -> None:
+        request = self._requests[transfer, which]
+        request.Start()
+        self._sending.append(request)
+
+    def poll(self) -> list[tuple[Transfer, int]]:
+        self._sending = [request for request in self._sending if not request.Test()]
+        arrived = [(t, number) for t, (request, number) in self._receiving.items() if request.Test()]
+        for t, _ in arrived:
+            del self._receiving[t]
+        return arrived
+
+    def leaving(self) -> bool:
+        return bool(self._sending)
+
+    def busy(self) -> bool:
+        return bool(self._sending or self._receiving)
+
+    def close(self) -> None:
+        for request in self._requests.values():
+            request.Free()
+        self._comm.Free()
+
+
+class RmaWire(Wire):
+    """The owner flags a written block in the reader's memory; the reader gets it. Nothing is matched at run time."""
+
+    def __init__(
+        self, pattern: Pattern, world: World, memory: Memory, offsets: Callable[[Place, int], int],
+        buffers: Callable[[Place, int], np.ndarray], flags: Memory,
+    ) -> None:  # fmt: skip
+        self._window, self._flags, self._offsets, self._buffers = memory.window, flags, offsets, buffers
+        self._inward = [(n, t) for n, t in enumerate(pattern.transfers) if t.target.rank == world.rank]
+        self._number_of = {t: n for n, t in enumerate(pattern.transfers)}
+        mine = flags.of(world.rank)
+        assert mine is not None
+        self._flag = mine.view(np.int64)
+        self._flag[:] = 0
+        self._expected: dict[int, tuple[Transfer, int, int]] = {}
+        self._getting: list[tuple[MPI.Request, Transfer, int]] = []
+        self._flagging: list[tuple[MPI.Request, np.ndarray]] = []
+
+    def begin(self, which: int, number: int) -> None:
+        self._expected |= {n: (t, which, number) for n, t in self._inward}
+
+    def start(self, transfer: Transfer, which: int, number: int) -> None:
+        value = np.array([number], np.int64)
+        at = self._number_of[transfer] * value.itemsize
+        request = self._flags.window.Raccumulate(value, transfer.target.rank, [at, 1, MPI.INT64_T], op=MPI.REPLACE)
+        self._flagging.append((request, value))
+
+    def poll(self) -> list[tuple[Transfer, int]]:
+        self._flagging = [(request, value) for request, value in self._flagging if not request.Test()]
+        self._flags.sync()
+        for n, (t, which, number) in list(self._expected.items()):
+            if self._flag[n] >= number:
+                into = self._buffers(t.target, which)
+                at = [self._offsets(t.source, which), into.nbytes, MPI.BYTE]
+                self._getting.append((self._window.Rget(into, t.source.rank, at), t, number))
+                del self._expected[n]
+        arrived = [(t, number) for request, t, number in self._getting if request.Test()]
+        done = {t for t, _ in arrived}
+        self._getting = [entry for entry in self._getting if entry[1] not in done]
+        return arrived
+
+    def leaving(self) -> bool:
+        # A reader's get may come later: two buffer sets keep the block until then. Only the flags must be out.
+        return bool(self._flagging)
+
+    def busy(self) -> bool:
+        return bool(self._flagging or self._expected or self._getting)
+
+    def close(self) -> None:
+        self._flags.close()

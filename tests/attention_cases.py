@@ -1,0 +1,65 @@
+"""Drawing attention problems and computing them without any of our code, for the tests of executor and transports."""
+
+from dataclasses import dataclass
+
+import torch
+
+from hpcdit.attention.executor import Attention, Gather, Spans
+from hpcdit.attention.methods import schedule
+from hpcdit.attention.schedule import Shape
+from hpcdit.kernels import cpu
+from hpcdit.mesh import cut
+from hpcdit.transport.base import Transport
+
+UNTIMED = Spans(None, lambda: 0.0)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A method on ulysses x ring ranks, and the layer's shape."""
+
+    method: str
+    ulysses: int
+    ring: int
+    shape: Shape
+    layers: int = 3
+    seed: int = 0
+
+    @property
+    def ranks(self) -> int:
+        return self.ulysses * self.ring
+
+    def tensors(self, layer: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+        """q, k, v of a layer: [3, B, L, H, D], the same on every rank."""
+        generator = torch.Generator().manual_seed(1000 * self.seed + layer)
+        s = self.shape
+        return torch.randn(3, s.batch, s.length, s.heads, s.dim, generator=generator, dtype=torch.float64).to(dtype)
+
+    def reference(self, layer: int) -> torch.Tensor:
+        """torch's own attention in float64: [B, L, H, D]."""
+        q, k, v = (x.transpose(1, 2) for x in self.tensors(layer))
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+
+    def run(self, transport: Transport, dtype: torch.dtype = torch.float64) -> tuple[float, float]:
+        """A chain of layers on this rank; the largest errors of attention and of gathered tokens."""
+        attention = Attention(
+            schedule(self.method, self.ulysses, self.ring), self.shape, transport, cpu, dtype, UNTIMED
+        )
+        width = self.shape.heads * self.shape.dim
+        gather = Gather(self.shape.batch, self.shape.length, width, transport, dtype, UNTIMED)
+        tokens = cut(self.shape.length, self.ranks)[transport.rank]
+        worst = [0.0, 0.0]
+        for layer in range(self.layers):
+            q, k, v = self.tensors(layer, dtype)[:, :, tokens.start : tokens.stop]
+            for name, x in (("v", v), ("k", k), ("q", q)):
+                attention.publish(name, x)
+            out = attention.attend()
+            whole = gather(out.flatten(2)).unflatten(2, (self.shape.heads, self.shape.dim))
+            reference = self.reference(layer)
+            own = reference[:, tokens.start : tokens.stop]
+            for i, error in enumerate((out.double() - own, whole.double() - reference)):
+                worst[i] = max(worst[i], float(error.abs().max()) if error.numel() else 0.0)
+                assert not error.isnan().any(), "not a number"
+        attention.close()
+        gather.close()
+        return worst[0], worst[1]

@@ -1,0 +1,76 @@
+"""Every method computes attention: on any mesh, with any lengths and head counts."""
+
+from collections import Counter
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from hpcdit.attention.methods import METHODS, inter_elements, schedule
+from hpcdit.attention.schedule import Shape, traffic
+from tests.attention_cases import Case
+from tests.local import LocalTransport, on_ranks
+
+CASES = Counter[str]()
+
+
+@st.composite
+def problems(draw: st.DrawFn) -> tuple[Case, tuple[int, ...]]:
+    """A method, a mesh of up to 8 ranks, nodes of the same or of uneven size, and a shape that fits nothing."""
+    method = draw(st.sampled_from(sorted(METHODS)))
+    ranks = draw(st.integers(1, 8))
+    divisors = [d for d in range(1, ranks + 1) if ranks % d == 0]
+    ulysses = {"ulysses": ranks, "ring": 1}.get(method) or draw(st.sampled_from(divisors))
+    per_node = draw(st.integers(1, ranks))
+    shape = Shape(
+        draw(st.integers(1, 2)),
+        draw(st.integers(1, 67)),
+        draw(st.integers(ulysses, ulysses + 5)),
+        draw(st.integers(1, 9)),
+    )
+    nodes = tuple(rank // per_node for rank in range(ranks))
+    return Case(method, ulysses, ranks // ulysses, shape, seed=draw(st.integers(0, 99))), nodes
+
+
+@settings(max_examples=300, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@given(problems())
+def test_every_method_equals_torch_attention_in_float64(problem: tuple[Case, tuple[int, ...]]) -> None:
+    case, nodes = problem
+    CASES[case.method] += 1
+    for attention_error, gather_error in on_ranks(nodes, case.run):
+        assert attention_error < 1e-12
+        assert gather_error < 1e-12
+
+
+def test_the_drawn_cases_cover_every_method() -> None:
+    if not CASES:
+        pytest.skip("counts the cases of the test above, which did not run")
+    assert set(CASES) == set(METHODS) and CASES.total() >= 200
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 2e-6), (torch.bfloat16, 2e-2), (torch.float16, 3e-3)])
+@pytest.mark.parametrize("method", ["tas", "torus"])
+def test_lower_precisions_stay_within_their_rounding(method: str, dtype: torch.dtype, tolerance: float) -> None:
+    case = Case(method, 2, 2, Shape(1, 61, 5, 16))
+    assert max(error for error, _ in on_ranks((0, 0, 1, 1), lambda t: case.run(t, dtype))) < tolerance
+
+
+@pytest.mark.parametrize("nodes, per_node", [(2, 1), (2, 2), (3, 2), (4, 2), (3, 3)])
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_bytes_that_cross_nodes_equal_the_formula(method: str, nodes: int, per_node: int) -> None:
+    ranks = nodes * per_node
+    degrees = {"ulysses": (ranks, 1), "ring": (1, ranks), "usp": (per_node, nodes)}.get(method, (nodes, per_node))
+    shape, layers = Shape(1, 2 * ranks, 2 * ranks, 4), 2
+    case, node_of = Case(method, *degrees, shape, layers), tuple(rank // per_node for rank in range(ranks))
+    counted = traffic(schedule(method, *degrees), shape, node_of)
+
+    def bytes_sent(transport: LocalTransport) -> int:
+        case.run(transport)
+        return transport.traffic.inter
+
+    gathered = (nodes - 1) * per_node * shape.length * shape.heads * shape.dim  # the tests' gather of whole outputs
+    sent = sum(on_ranks(node_of, bytes_sent)) // (8 * layers) - gathered
+    assert sent == counted["inter"]
+    if (formula := inter_elements(method, shape, nodes)) is not None:
+        assert counted["inter"] == formula
