@@ -1,0 +1,92 @@
+"""What the engine asks of a model family, and what a model family asks of sequence-parallel attention."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol, Self
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
+
+    from .loading import ModelFolder, ModelShape
+
+
+class Sequence(Protocol):
+    """Attention over the tokens of one video that are shared out among the ranks of a group.
+
+    Each layer is one round: three times `publish`, then `attend`. All ranks go through the same rounds.
+    """
+
+    @property
+    def tokens(self) -> range:
+        """This rank's tokens among all L."""
+
+    def publish(self, name: str, x: "Tensor") -> None:
+        """Gives this rank's "q", "k" or "v", [B, tokens, H, D]; each once a round, best v, then k, then q."""
+
+    def attend(self) -> "Tensor":
+        """The attention of this rank's queries to all keys: [B, tokens, H, D]."""
+
+    def gather(self, x: "Tensor") -> "Tensor":
+        """All ranks' tokens, [B, L, C], on every rank; `x`: this rank's, [B, tokens, C]."""
+
+
+@dataclass(frozen=True, eq=False)
+class Conditions:
+    """An encoded prompt.
+
+    prompt, negative: [1, max_sequence_length, C]; negative is None where nothing is to be guided away from.
+    prompt_cut, negative_cut: tokens beyond max_sequence_length, which the model never sees.
+    """
+
+    prompt: "Tensor"
+    negative: "Tensor | None"
+    prompt_cut: int = 0
+    negative_cut: int = 0
+
+
+class Adapter(ABC):
+    """One loaded model. Its calls may be made in any order and again after any of them raised.
+
+    One thread may decode while another encodes and denoises; no call is made by two threads at a time.
+    """
+
+    shape: "ModelShape"
+
+    @classmethod
+    @abstractmethod
+    def load(cls, folder: "ModelFolder", dtype: str = "float32") -> Self:
+        """Loads all parts of a checked folder; `dtype`: name of the torch type to compute in."""
+
+    @abstractmethod
+    def encode(self, prompt: str, negative_prompt: str, guided: bool, max_sequence_length: int) -> Conditions:
+        """Encodes a prompt, the empty one included, and the negative prompt if `guided`."""
+
+    @abstractmethod
+    def guided(self, guidance_scale: float) -> bool:
+        """Whether this guidance scale makes `denoise` ask for an encoded negative prompt."""
+
+    @abstractmethod
+    def noise(self, seed: int, num_frames: int, height: int, width: int) -> "Tensor":
+        """The latents to start from, [1, C, f, h, w], float32: for a seed the same on every rank."""
+
+    @abstractmethod
+    def denoise(
+        self,
+        conditions: Conditions,
+        noise: "Tensor",
+        steps: int,
+        guidance_scale: float,
+        sequence: Sequence,
+        on_step: Callable[[int], None],
+    ) -> "Tensor":
+        """Returns the denoised latents, as large as `noise`, on every rank of the group.
+
+        on_step(i) is called at the end of step i = 0, 1, ...; what it raises ends the loop and goes through.
+        Raises ValueError if guidance wants a negative prompt and `conditions` has none.
+        """
+
+    @abstractmethod
+    def decode(self, latents: "Tensor") -> "np.ndarray":
+        """Turns latents into frames: uint8 [F, H, W, 3]. Raises VideoError if a pixel is not a number."""

@@ -1,0 +1,179 @@
+"""A checkpoint folder in diffusers' format, checked before anything is loaded: no torch, no diffusers.
+
+Every fault is an InputError of one line that names the file, the key and what is allowed. A folder that
+passes is whole: each component has its configuration and its weights, the weights have the sizes that their
+headers say, and the configurations fit each other.
+"""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hpcdit.errors import InputError
+from hpcdit.models import configs
+from hpcdit.models.weights import find, fingerprint, read_json
+
+FORMAT = "a checkpoint folder in diffusers' format"
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """The numbers of a model that layouts and sizes depend on.
+
+    patch: latent (frames, rows, columns) of one token; vae_temporal, vae_spatial: pixels per latent along
+    time and along height and width; max_patches: tokens in one direction that its rotary table has rows for;
+    multiple: what the family's pipeline asks of height and width beyond that.
+    """
+
+    layers: int
+    heads: int
+    head_dim: int
+    latent_channels: int
+    patch: tuple[int, int, int]
+    vae_temporal: int
+    vae_spatial: int
+    max_patches: int = 1024
+    multiple: int = 1
+
+    def latents(self, num_frames: int, height: int, width: int) -> tuple[int, int, int, int]:
+        """The latents' shape (channels, frames, rows, columns) for a video of a legal size."""
+        frames = (num_frames - 1) // self.vae_temporal + 1
+        return self.latent_channels, frames, height // self.vae_spatial, width // self.vae_spatial
+
+    def tokens(self, num_frames: int, height: int, width: int) -> int:
+        """Length L of the sequence that self-attention sees, for a video of a legal size."""
+        return math.prod(n // p for n, p in zip(self.latents(num_frames, height, width)[1:], self.patch, strict=True))
+
+    def legal(self, num_frames: int, height: int, width: int) -> None:
+        """Raises InputError naming the first size that the model cannot make, and the nearest that it can."""
+        step = self.vae_temporal * self.patch[0]
+        first = self.vae_temporal * (self.patch[0] - 1) + 1
+        _check_size("num_frames", num_frames, step, first, first + step * (self.max_patches - 1))
+        for key, size, patch in (("height", height, self.patch[1]), ("width", width, self.patch[2])):
+            token = self.vae_spatial * patch
+            step = math.lcm(token, self.multiple)
+            _check_size(key, size, step, step, token * self.max_patches // step * step)
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """A checked checkpoint. The dicts are the components' configurations with diffusers' defaults filled in.
+
+    files: bytes of each file that counts, by its name relative to `path`; fingerprint: of their content, see
+    `weights.fingerprint`.
+    """
+
+    path: Path
+    family: str
+    transformer: dict[str, Any]
+    vae: dict[str, Any]
+    text_encoder: dict[str, Any]
+    scheduler: dict[str, Any]
+    files: dict[str, int]
+    fingerprint: str
+
+
+def inspect(folder: Path) -> ModelFolder:
+    """Checks the checkpoint in `folder`: milliseconds, also for many gigabytes.
+
+    Raises InputError for a folder that is not in diffusers' format, of another model family, with custom
+    code, with pickled weights, with a file that is missing or not whole, or with configurations that do not
+    fit each other.
+    """
+    try:
+        return _inspect(folder)
+    except OSError as error:
+        raise InputError(f"{error.filename or folder}: cannot be read: {error.strerror}") from None
+
+
+def shape(folder: ModelFolder) -> ModelShape:
+    """The model's numbers, from its checked configurations."""
+    transformer, vae = folder.transformer, folder.vae
+    return ModelShape(
+        layers=transformer["num_layers"],
+        heads=transformer["num_attention_heads"],
+        head_dim=transformer["attention_head_dim"],
+        latent_channels=vae["z_dim"],
+        patch=tuple(transformer["patch_size"]),
+        vae_temporal=vae["scale_factor_temporal"],
+        vae_spatial=vae["scale_factor_spatial"],
+        max_patches=transformer["rope_max_seq_len"],
+        multiple=16,  # WanPipeline.check_inputs
+    )
+
+
+def _inspect(folder: Path) -> ModelFolder:
+    if not folder.is_dir():
+        raise InputError(_no_folder(folder))
+    index = folder / "model_index.json"
+    if not index.exists() and not index.is_symlink():
+        raise InputError(_no_index(folder))
+    family = configs.check_index(configs.read_config(index, {}))
+    transformer = configs.read_config(folder / "transformer" / "config.json", configs.TRANSFORMER_DEFAULTS)
+    vae = configs.read_config(folder / "vae" / "config.json", configs.VAE_DEFAULTS)
+    text_encoder = configs.read_config(folder / "text_encoder" / "config.json", {})
+    scheduler = configs.read_config(folder / "scheduler" / "scheduler_config.json", {})
+    configs.check_transformer(transformer)
+    configs.check_vae(vae)
+    configs.check_scheduler(scheduler)
+    configs.check_together(transformer, vae, text_encoder)
+    weights = [
+        find(transformer.path.parent, "diffusion_pytorch_model", index_first=True),
+        find(vae.path.parent, "diffusion_pytorch_model", index_first=True),
+        find(text_encoder.path.parent, "model", index_first=False),
+    ]
+    configs.check_tensors(transformer, weights[0].tensors)
+    files = [index, *(config.path for config in (transformer, vae, text_encoder, scheduler))]
+    files += [path for found in weights for path in found.files] + _tokenizer(folder / "tokenizer")
+    digest = fingerprint(folder, files)  # opens each, and says what is wrong with one that it cannot
+    return ModelFolder(
+        path=folder,
+        family=family,
+        transformer=transformer.values,
+        vae=vae.values,
+        text_encoder=text_encoder.values,
+        scheduler=scheduler.values,
+        files={path.relative_to(folder).as_posix(): path.stat().st_size for path in files},
+        fingerprint=digest,
+    )
+
+
+def _tokenizer(folder: Path) -> list[Path]:
+    """The tokenizer's files. Raises InputError where one is not whole, or none of them holds a vocabulary."""
+    configs.read_config(folder / "tokenizer_config.json", {})
+    names = (path.name for path in folder.iterdir() if not path.name.startswith("."))
+    files = [folder / name for name in sorted(names) if name.endswith((".json", ".model"))]
+    if not {path.name for path in files} & {"tokenizer.json", "spiece.model"}:
+        raise InputError(f"{folder}: no vocabulary; allowed: a tokenizer.json or a spiece.model")
+    for path in files:
+        if path.suffix == ".json":
+            read_json(path)
+    return files
+
+
+def _check_size(key: str, size: int, step: int, least: int, most: int) -> None:
+    """Raises InputError unless `size` is one of least, least + step, ..., most."""
+    if least <= size <= most and (size - least) % step == 0:
+        return
+    below = min(max(least + (size - least) // step * step, least), most)
+    near = " or ".join(str(n) for n in sorted({below, min(below + step, most) if size > least else below}))
+    sizes = f"{step}k + {least}" if least % step else f"multiples of {step}"
+    raise InputError(
+        f"{key}: {size} is a size that this model cannot make; allowed: {sizes} up to {most}; nearest: {near}"
+    )
+
+
+def _no_folder(folder: Path) -> str:
+    if folder.exists():
+        what = "is a file"
+    else:
+        what = "is a broken link" if folder.is_symlink() else "does not exist on this machine"
+    return f"model.path: {str(folder)!r} {what}; allowed: {FORMAT}"
+
+
+def _no_index(folder: Path) -> str:
+    """Says where a checkpoint may be that is not in this folder itself, as in a download cache."""
+    inside = sorted(folder.glob("snapshots/*/model_index.json")) or sorted(folder.glob("*/model_index.json"))
+    hint = f"; did you mean {str(inside[0].parent)!r}?" if inside else ""
+    return f"model.path: {str(folder)!r} has no model_index.json; allowed: {FORMAT}{hint}"

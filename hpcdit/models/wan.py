@@ -1,0 +1,176 @@
+"""Wan 2.1 text-to-video, over diffusers' own pipeline.
+
+Text encoding, noise, denoising loop, guidance and scheduler are the pipeline's. Only the transformer's blocks
+are shared out: the first takes this rank's tokens alone, self-attention goes through a `Sequence`, and the
+projection after the last brings all tokens together again. All of it by diffusers' and torch's public hooks.
+"""
+
+from collections.abc import Callable
+from typing import Any, Self
+
+import diffusers
+import numpy as np
+import torch
+import transformers
+from diffusers import WanPipeline
+from diffusers.pipelines.wan.pipeline_wan import prompt_clean
+from torch import Tensor
+
+from hpcdit.errors import VideoError
+
+from .base import Adapter, Conditions, Sequence
+from .loading import ModelFolder, shape
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding by interleaved pairs. x: [B, tokens, H, D]; cos, sin: [tokens, 1, D/2].
+
+    The same bits as WanAttnProcessor's, which is not to be had alone; diffusers' public function for it is
+    three times slower on thousands of tokens.
+    """
+    even, odd = x[..., 0::2], x[..., 1::2]
+    out = torch.empty_like(x)
+    out[..., 0::2] = even * cos - odd * sin
+    out[..., 1::2] = even * sin + odd * cos
+    return out
+
+
+class Split:
+    """Lets a transformer compute one rank's tokens; is itself the processor of every self-attention.
+
+    `sequence` is that of the video at hand: there while `Wan.denoise` runs.
+    """
+
+    sequence: Sequence
+
+    def __init__(self, model: Any) -> None:
+        for block in model.blocks:
+            block.attn1.set_processor(self)
+        model.blocks[0].register_forward_pre_hook(self._keep)
+        model.rope.register_forward_hook(self._cut)
+        model.proj_out.register_forward_hook(self._gather)
+
+    def _keep(self, block: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        hidden_states, *others = args
+        return (hidden_states[:, self._slice], *others)
+
+    def _cut(self, rope: Any, args: Any, tables: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Cuts the rotary tables, [1, L, 1, D] with each value twice, down to [tokens, 1, D/2]."""
+        cos, sin = tables
+        return cos[0, self._slice, :, 0::2].contiguous(), sin[0, self._slice, :, 1::2].contiguous()
+
+    def _gather(self, proj_out: Any, args: Any, output: Tensor) -> Tensor:
+        return self.sequence.gather(output)
+
+    @property
+    def _slice(self) -> slice:
+        return slice(self.sequence.tokens.start, self.sequence.tokens.stop)
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: None,
+        attention_mask: None,
+        rotary_emb: tuple[Tensor, Tensor],
+    ) -> Tensor:
+        """Self-attention of [B, tokens, C]: WanAttnProcessor's steps, each part published at once."""
+
+        def heads(x: Tensor) -> Tensor:
+            return x.unflatten(2, (attn.heads, -1))
+
+        self.sequence.publish("v", heads(attn.to_v(hidden_states)))
+        self.sequence.publish("k", rotate(heads(attn.norm_k(attn.to_k(hidden_states))), *rotary_emb))
+        self.sequence.publish("q", rotate(heads(attn.norm_q(attn.to_q(hidden_states))), *rotary_emb))
+        out = self.sequence.attend().flatten(2).type_as(hidden_states)
+        for layer in attn.to_out:
+            out = layer(out)
+        return out
+
+
+class Wan(Adapter):
+    def __init__(self, pipe: Any, folder: ModelFolder) -> None:
+        self.shape = shape(folder)
+        self._pipe = pipe
+        self._split = Split(pipe.transformer)
+
+    @classmethod
+    def load(cls, folder: ModelFolder, dtype: str = "float32") -> Self:
+        for library in (diffusers, transformers):  # n ranks would print n progress bars
+            library.utils.logging.set_verbosity_error()
+            library.utils.logging.disable_progress_bar()
+        # The VAE stays in float32, as in Wan's own examples: in half precision it shows.
+        dtypes = {"default": getattr(torch, dtype), "vae": torch.float32}
+        pipe: Any = WanPipeline.from_pretrained(folder.path, dtype=dtypes, use_safetensors=True, local_files_only=True)
+        pipe.set_progress_bar_config(disable=True)
+        return cls(pipe, folder)
+
+    def guided(self, guidance_scale: float) -> bool:
+        return guidance_scale > 1  # as WanPipeline.do_classifier_free_guidance
+
+    @torch.no_grad()
+    def encode(self, prompt: str, negative_prompt: str, guided: bool, max_sequence_length: int) -> Conditions:
+        texts = [prompt, negative_prompt] if guided else [prompt]
+        ids = self._pipe.tokenizer([prompt_clean(text) for text in texts], verbose=False).input_ids
+        cut = [max(len(tokens) - max_sequence_length, 0) for tokens in ids]
+        encoded = self._pipe.encode_prompt(prompt, negative_prompt, guided, max_sequence_length=max_sequence_length)
+        return Conditions(*encoded, *cut)
+
+    def noise(self, seed: int, num_frames: int, height: int, width: int) -> Tensor:
+        generator = torch.Generator("cpu").manual_seed(seed)
+        channels, device = self._pipe.transformer.config.in_channels, self._pipe.device
+        return self._pipe.prepare_latents(
+            1, channels, height, width, num_frames, torch.float32, device, generator=generator
+        )
+
+    def denoise(
+        self,
+        conditions: Conditions,
+        noise: Tensor,
+        steps: int,
+        guidance_scale: float,
+        sequence: Sequence,
+        on_step: Callable[[int], None],
+    ) -> Tensor:
+        if self.guided(guidance_scale) and conditions.negative is None:
+            raise ValueError(f"guidance_scale {guidance_scale} wants conditions encoded with guided=True")
+
+        def on_step_end(pipe: Any, step: int, timestep: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+            on_step(step)
+            return {}
+
+        frames, rows, columns = noise.shape[2:]
+        self._split.sequence = sequence
+        try:
+            return self._pipe(
+                prompt_embeds=conditions.prompt,
+                negative_prompt_embeds=conditions.negative,
+                latents=noise,
+                num_frames=(frames - 1) * self.shape.vae_temporal + 1,
+                height=rows * self.shape.vae_spatial,
+                width=columns * self.shape.vae_spatial,
+                num_inference_steps=steps,
+                guidance_scale=guidance_scale,
+                output_type="latent",
+                callback_on_step_end=on_step_end,
+            ).frames
+        finally:
+            del self._split.sequence  # and with it, if nobody else holds it, its memory
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> np.ndarray:
+        vae = self._pipe.vae
+        latents = latents.to(vae.device, vae.dtype)
+        mean, std = (
+            torch.tensor(values).view(1, -1, 1, 1, 1) for values in (vae.config.latents_mean, vae.config.latents_std)
+        )
+        # Dividing by the inverse instead of multiplying is what the pipeline does: the same bits.
+        scaled = latents / (1 / std).to(latents) + mean.to(latents)
+        video = vae.decode(scaled, return_dict=False)[0]
+        frames = self._pipe.video_processor.postprocess_video(video, output_type="np")[0]
+        if not np.isfinite(frames).all():
+            raise VideoError("the decoded frames hold values that are not numbers")
+        return (frames * 255).round().astype(np.uint8)
+
+
+ADAPTER = Wan
