@@ -1,0 +1,164 @@
+"""Each rank's first process: it waits for the process that does the work, and says why that one was killed.
+
+A process that is killed (kill -9, the out-of-memory killer, a segmentation fault) cannot say so itself, and the
+launcher would end the run with the bare number of a signal. When the work of a rank breaks, its guard tells the guards
+of the same host, and all end with the same exit code: a launcher that sees one rank end kills the others, and its own
+code is then that of the kill. The guard imports nothing large: it lives as long as the run, beside the work.
+"""
+
+import contextlib
+import ctypes
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable
+from types import FrameType
+from typing import NoReturn
+
+KILLED = 4
+STOPPED = 75
+PR_SET_PDEATHSIG, PR_SET_NAME = 1, 15
+NAME = "hpcdit-guard"  # what ps calls it, and how guards know each other
+END = signal.SIGRTMIN + 1  # from one guard to the others of its host: a rank has broken, the run is over
+LINGER_S = 2.0
+RANKS = ("PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID")
+
+# What asks a run to stop, or to pause. Launchers tell the process that they started, which is the guard.
+FORWARDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP, signal.SIGTSTP, signal.SIGCONT)
+# A terminal sends these to every process of the run, the work included; the guard outlives them.
+LEFT_TO_WORK = (signal.SIGINT, signal.SIGQUIT)
+
+HINTS = {
+    signal.SIGKILL: "often the machine ran out of memory: try fewer ranks a node, or smaller videos",
+    signal.SIGBUS: "often shared memory (/dev/shm) is full: `df -h /dev/shm` tells",
+    signal.SIGSEGV: "a crash in native code: PYTHONFAULTHANDLER=1 tells where",
+    signal.SIGABRT: "a crash in native code: PYTHONFAULTHANDLER=1 tells where",
+}
+
+
+def run(main: Callable[[], int]) -> NoReturn:
+    """Calls `main` in a child process and exits as it does; with 4 and one line on stderr when it is killed.
+
+    Call it before MPI starts, before anything large is imported and before there are threads. A signal that
+    asks the run to stop is passed on; where a launcher sends it to both processes, the child gets it twice, and
+    its handlers must bear that.
+    """
+    # Held back until both processes have their own handlers, so that none is lost in between.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (*FORWARDED, *LEFT_TO_WORK, END))
+    guard = os.getpid()
+    child = os.fork()
+    if child == 0:
+        _die_with(guard)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        sys.exit(main())
+    _prctl(PR_SET_NAME, NAME.encode())
+    asked = _watch_signals(child)
+    signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    _, status = os.waitpid(child, 0)
+    # From here on nothing may end this process but its own exit: Python puts the default handlers back as it ends.
+    signal.pthread_sigmask(signal.SIG_BLOCK, (*FORWARDED, *LEFT_TO_WORK, END))
+    code = KILLED if END in asked else _exit_code(child, status, asked)
+    if code == KILLED and any(name in os.environ for name in RANKS):
+        _end_run()
+    sys.exit(code)
+
+
+def _die_with(guard: int) -> None:
+    """Nothing is left over when the guard itself is killed (Linux)."""
+    _prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != guard:  # it was gone before the request was made
+        os._exit(KILLED)
+
+
+def _prctl(option: int, value: int | bytes) -> None:
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(option, value)
+
+
+def _watch_signals(child: int) -> set[int]:
+    """Passes signals on to the child; returns the set that will hold those that were."""
+    asked: set[int] = set()
+
+    def forward(number: int, _frame: FrameType | None) -> None:
+        asked.add(number)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(child, number)
+        if number == signal.SIGTSTP:
+            os.kill(os.getpid(), signal.SIGSTOP)
+
+    def end(number: int, _frame: FrameType | None) -> None:
+        asked.add(number)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(child, signal.SIGKILL)
+
+    signal.signal(END, end)
+    for number in FORWARDED:
+        signal.signal(number, forward)
+    for number in LEFT_TO_WORK:
+        signal.signal(number, signal.SIG_IGN)
+    return asked
+
+
+def _exit_code(child: int, status: int, asked: set[int]) -> int:
+    if os.WIFEXITED(status):
+        return os.WEXITSTATUS(status)
+    number = signal.Signals(os.WTERMSIG(status))
+    if number in asked or number in LEFT_TO_WORK:  # asked to stop before the work had handlers for it
+        return STOPPED
+    who = f"rank {launched_rank()} (host {socket.gethostname()}, process {child})"
+    hint = f" ({HINTS[number]})" if number in HINTS else ""
+    rest = "finished videos are whole, the same command renders the rest"
+    print(f"hpcdit: {who} was killed by {number.name}{hint}; {rest}", file=sys.stderr, flush=True)
+    return KILLED
+
+
+def _end_run() -> None:
+    """Has the other ranks of this host end too; those that do not are killed after LINGER_S.
+
+    A process of its own sees to that, and keeps the connection to the launcher open until they are gone: a launcher
+    that finds it closed (MPICH's does) kills them in the middle, and reports that.
+    """
+    launcher, others = os.getppid(), _siblings()
+    for pid in others:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, END)
+    if not others or os.fork() > 0:
+        return
+    os.setsid()
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    for stream in range(3):
+        os.dup2(nowhere, stream)
+    deadline = time.monotonic() + LINGER_S
+    while (left := [pid for pid in others if _is_guard(pid, launcher)]) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    for pid in left:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    os._exit(0)
+
+
+def _siblings() -> list[int]:
+    """The guards that the same launcher has started on this host."""
+    pids = [int(name) for name in os.listdir("/proc") if name.isdigit()] if sys.platform == "linux" else []
+    return [pid for pid in pids if pid != os.getpid() and _is_guard(pid, os.getppid())]
+
+
+def _is_guard(pid: int, launcher: int) -> bool:
+    """Whether `pid` is a living guard that `launcher` has started."""
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            name, _, rest = file.read().partition("(")[2].rpartition(") ")
+    except OSError:
+        return False
+    state, parent = rest.split()[:2]
+    return name == NAME and state != "Z" and int(parent) == launcher
+
+
+def launched_rank() -> int:
+    """This process's rank as the launcher tells it, 0 without one; for what is said before or after MPI."""
+    for name in RANKS:
+        if os.environ.get(name, "").isdigit():
+            return int(os.environ[name])
+    return 0

@@ -1,0 +1,182 @@
+"""The guard says why the work was killed, passes on what it is told, and leaves nothing behind."""
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+MPIRUN = shutil.which("mpirun", path=f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}")
+
+# The work tells its process id, then does what the test is about.
+PROGRAM = """
+import os, signal, sys, time
+from hpcdit import guard
+
+def work():
+    {prepare}
+    print(os.getpid(), flush=True)
+    {act}
+    return 0
+
+guard.run(work)
+"""
+
+
+def program(act: str, prepare: str = "pass") -> list[str]:
+    return [sys.executable, "-c", PROGRAM.format(prepare=prepare, act=act)]
+
+
+@contextlib.contextmanager
+def started(act: str, prepare: str = "pass") -> Iterator[tuple[subprocess.Popen[str], int]]:
+    """The guard's process and the process id of its work, which has said that it runs."""
+    process = subprocess.Popen(
+        program(act, prepare), cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    try:
+        assert process.stdout is not None
+        yield process, int(process.stdout.readline())
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def finished(act: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        program(act),
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        text=True,
+        capture_output=True,
+        timeout=30,
+    )
+
+
+def gone(pid: int, within_s: float = 5) -> bool:
+    end = time.monotonic() + within_s
+    while time.monotonic() < end:
+        with contextlib.suppress(FileNotFoundError):
+            if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z":
+                time.sleep(0.02)
+                continue
+        return True
+    return False
+
+
+@pytest.mark.parametrize("code", [0, 2, 75])
+def test_exit_codes_pass(code: int) -> None:
+    result = finished(f"return {code}")
+    assert (result.returncode, result.stderr) == (code, "")
+
+
+def test_an_exception_in_the_work_ends_as_in_any_program() -> None:
+    result = finished("raise ValueError('no')")
+    assert result.returncode == 1
+    assert result.stderr.count("ValueError: no") == 1
+
+
+def test_killed_work_is_named_with_its_rank_signal_and_what_to_do() -> None:
+    result = finished("os.kill(os.getpid(), 9)", PMI_RANK="3")
+    assert result.returncode == 4
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("hpcdit: rank 3 (host ")
+    assert f"process {result.stdout.strip()}" in line
+    assert "SIGKILL" in line
+    assert "memory" in line
+    assert "same command" in line
+
+
+def test_crashed_work_is_not_put_down_to_memory() -> None:
+    result = finished("os.kill(os.getpid(), signal.SIGSEGV)")
+    assert result.returncode == 4
+    assert "SIGSEGV" in result.stderr
+    assert "ran out of memory" not in result.stderr
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGUSR2", "SIGHUP"])
+def test_a_request_to_stop_is_passed_on(name: str) -> None:
+    prepare = f"signal.signal(signal.{name}, lambda *_: sys.exit(75))"
+    with started("time.sleep(20)", prepare) as (guard, _):
+        guard.send_signal(getattr(signal, name))
+        assert guard.wait(timeout=10) == 75
+
+
+def test_a_request_to_stop_before_the_work_listens_is_a_stop_and_no_crash() -> None:
+    with started("time.sleep(20)") as (guard, _):
+        guard.terminate()
+        _, said = guard.communicate(timeout=10)
+        assert (guard.returncode, said) == (75, "")
+
+
+def test_an_interrupt_is_the_work_s_to_answer() -> None:
+    act = "signal.signal(signal.SIGINT, lambda *_: sys.exit(75)); print('ready', flush=True); time.sleep(20)"
+    with started(act) as (guard, work):
+        assert guard.stdout is not None
+        assert guard.stdout.readline() == "ready\n"
+        guard.send_signal(signal.SIGINT)
+        with pytest.raises(subprocess.TimeoutExpired):
+            guard.wait(timeout=0.3)
+        os.kill(work, signal.SIGINT)
+        assert guard.wait(timeout=10) == 75
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process of its parent's death")
+def test_a_killed_guard_takes_the_work_with_it() -> None:
+    with started("time.sleep(20)") as (guard, work):
+        guard.kill()
+        guard.wait(timeout=10)
+        assert gone(work)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_paused_guard_pauses_the_work_and_both_go_on() -> None:
+    def state(pid: int) -> str:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+
+    def reaches(pid: int, *states: str) -> bool:
+        end = time.monotonic() + 5
+        while state(pid) not in states and time.monotonic() < end:
+            time.sleep(0.02)
+        return state(pid) in states
+
+    # A process group without a terminal ignores SIGTSTP by default: the work here stops itself when told.
+    prepare = "signal.signal(signal.SIGTSTP, lambda *_: os.kill(os.getpid(), signal.SIGSTOP))"
+    with started("time.sleep(20)", prepare) as (guard, work):
+        guard.send_signal(signal.SIGTSTP)
+        assert reaches(work, "T") and reaches(guard.pid, "T")
+        guard.send_signal(signal.SIGCONT)
+        assert reaches(work, "S", "R") and reaches(guard.pid, "S", "R")
+
+
+@pytest.mark.skipif(MPIRUN is None, reason="no mpirun here")
+def test_a_killed_rank_ends_mpirun_with_4() -> None:
+    act = """
+    from mpi4py import MPI
+    MPI.COMM_WORLD.barrier()
+    if MPI.COMM_WORLD.rank == 1:
+        os.kill(os.getpid(), 9)
+    time.sleep(20)
+"""
+    assert MPIRUN is not None
+    begin = time.monotonic()
+    result = subprocess.run(
+        [MPIRUN, "-n", "2", *program(act.strip())], cwd=ROOT, text=True, capture_output=True, timeout=60
+    )
+    assert result.returncode == 4
+    assert "hpcdit: rank 1 (host " in result.stderr
+    assert time.monotonic() - begin < 15
+    assert all(gone(int(pid)) for pid in result.stdout.split())
+
+
+def test_the_guard_imports_nothing_large() -> None:
+    large = "{'torch', 'numpy', 'mpi4py', 'hydra'}"
+    code = f"import sys, hpcdit.guard; print(sorted({large} & set(sys.modules)))"
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True, check=True)
+    assert result.stdout.strip() == "[]"
