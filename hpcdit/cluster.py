@@ -100,10 +100,15 @@ class World:
         self.abort(4, str(error) if known else "".join(traceback.format_exception(error)))
 
     def abort(self, code: int, message: str) -> None:
-        """Ends all ranks at once with `code`, saying which rank had to and why."""
+        """Ends all ranks at once with `code`, saying which rank had to and why.
+
+        On one host the guard of this process takes the others along, and all end with `code`. Several hosts are ended
+        by MPI, whose launcher then may report the signal that it killed the others with.
+        """
         sys.stdout.flush()
         print(f"hpcdit: rank {self.rank} on {self.hostname}: {message}", file=sys.stderr, flush=True)
-        self.comm.Abort(code)
+        if len(set(self.hosts)) > 1:
+            self.comm.Abort(code)
         os._exit(code)
 
     def close(self) -> None:

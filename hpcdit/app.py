@@ -1,0 +1,110 @@
+"""From a command line to videos: configuration, plan, render, exit code; what happens when a rank fails."""
+
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from .attention.schedule import Shape
+from .config import Config, load, resolve_sampling
+from .errors import InputError, PeerLost, Stopped
+from .guard import launched_rank
+from .planner.search import search, table
+
+if TYPE_CHECKING:
+    from .cluster import World
+
+OK = 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the program; returns its exit code (see the README)."""
+    argv = sys.argv[1:] if argv is None else argv
+    if "mode=plan" in argv:  # needs no MPI, so that clusters can be planned on any laptop
+        return _say(lambda: plan(argv), first=launched_rank() == 0)
+    try:
+        from .cluster import World, finalize
+
+        world = World()
+    except (InputError, ImportError, RuntimeError) as error:
+        if launched_rank() == 0:
+            print(f"hpcdit: {_no_mpi(error)}", file=sys.stderr)
+        return InputError.exit_code
+    code = run(world, argv)
+    world.close()
+    finalize()
+    return code
+
+
+def run(world: "World", argv: Sequence[str]) -> int:
+    """Runs the program on the ranks of `world`. What a single rank cannot survive ends all of them."""
+    threading.excepthook = lambda args: world.abort(4, "".join(traceback.format_exception(args.exc_value)))
+    try:
+        return _say(lambda: _run(world, argv), first=world.rank == 0)
+    except PeerLost as error:
+        world.abort(error.exit_code, str(error))
+    except BaseException:
+        world.abort(4, traceback.format_exc())
+    raise AssertionError("abort does not return")
+
+
+def plan(argv: Sequence[str]) -> int:
+    """`mode=plan`: prints the layouts for a cluster, the one that would be used first."""
+    from .render.batch import model_shape
+
+    config = load(argv)
+    if config is None:
+        return OK
+    nodes, per_node = config.cluster.nodes or 1, config.cluster.ranks_per_node or 1
+    model, s, p = model_shape(config), resolve_sampling(config, "wan"), config.parallel
+    model.legal(s.num_frames, s.height, s.width)
+    layer = Shape(1, model.tokens(s.num_frames, s.height, s.width), model.heads, model.head_dim)
+    plans = search(layer, [rank // per_node for rank in range(nodes * per_node)], p.method, p.ulysses, p.ring)
+    itemsize = {"float32": 4}.get(config.model.dtype, 2)
+    print(f"{config.model.name} on {nodes} node{'s' * (nodes > 1)} x {per_node} ranks")
+    print(table(plans, layer, itemsize, model.layers))
+    return OK
+
+
+def _run(world: "World", argv: Sequence[str]) -> int:
+    values = world.agree(lambda: (config := load(argv)) and config.to_dict(), "the configuration")
+    if values is None:
+        return OK
+    config = Config.from_dict(values)
+    if config.mode == "plan":
+        return world.agree(lambda: plan(argv), "the plan")
+    world.timeout_s = config.transport.timeout_s
+    from .cluster import Cluster
+    from .render.batch import Batch, prepare
+
+    if config.transport.kind == "nvshmem":
+        raise InputError("transport.kind=nvshmem: not supported yet; allowed: auto or mpi")
+    cluster = Cluster(world, config.cluster.ranks_per_node)
+    if config.cluster.nodes not in (None, cluster.node_count):
+        raise InputError(
+            f"cluster.nodes={config.cluster.nodes}: the {world.size} ranks that were started lie on"
+            f" {cluster.node_count} node{'s' * (cluster.node_count > 1)}; allowed: that number, or null"
+        )
+    batch = world.agree(lambda: prepare(config, cluster.nodes).to_dict(), "the prompts")
+    from .render.run import render
+
+    code = render(config, cluster, Batch.from_dict(batch))
+    cluster.close()
+    return code
+
+
+def _say(body: Callable[[], int], first: bool) -> int:
+    """`body`'s exit code; a user's error becomes one line, printed once, and its code."""
+    try:
+        return body()
+    except (InputError, Stopped) as error:
+        if first:
+            print(f"hpcdit: {error}", file=sys.stderr, flush=True)
+        return error.exit_code
+
+
+def _no_mpi(error: Exception) -> str:
+    if isinstance(error, InputError):
+        return str(error)
+    return f"MPI cannot be started: {error}; load your site's MPI, or `pip install mpich`"

@@ -1,0 +1,1 @@
+"""From a prompts file to finished videos: jobs, stages, and the loop over them."""

@@ -1,0 +1,154 @@
+"""Everything that can be wrong with a run, found by one rank in about a second, before anything expensive starts."""
+
+import contextlib
+import errno
+import fcntl
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ..attention.schedule import Shape
+from ..config import Config, Sampling, demo_model, demo_prompts, resolve_sampling
+from ..errors import InputError
+from ..models.loading import ModelFolder, ModelShape, inspect, shape
+from ..output import atomic
+from ..output.store import VideoRecord, read_record
+from ..planner.search import search
+from .manifest import Job, estimate_bytes, fits, partition, read
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A checked run: the model, the jobs that are to be rendered, and those that are done already."""
+
+    folder: ModelFolder
+    todo: tuple[Job, ...]
+    done: tuple[Job, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON's types, for the other ranks."""
+        values = asdict(self)
+        values["folder"]["path"] = str(self.folder.path)
+        return values
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "Batch":
+        def jobs(rows: Sequence[Mapping[str, Any]]) -> tuple[Job, ...]:
+            return tuple(Job(**{**row, "sampling": Sampling(**row["sampling"])}) for row in rows)
+
+        folder = {**values["folder"], "path": Path(values["folder"]["path"])}
+        return cls(ModelFolder(**folder), jobs(values["todo"]), jobs(values["done"]))
+
+    @property
+    def shape(self) -> ModelShape:
+        return shape(self.folder)
+
+    @property
+    def jobs(self) -> list[Job]:
+        return sorted((*self.todo, *self.done), key=lambda job: job.index)
+
+
+def prepare(config: Config, nodes: Sequence[int]) -> Batch:
+    """Reads and checks prompts, model folder, sizes, layout and output folder. Raises InputError; leaves no trace."""
+    folder = inspect(Path(config.model.path) if config.model.path else demo_model())
+    jobs = read(Path(config.prompts) if config.prompts else demo_prompts(), resolve_sampling(config, folder.family))
+    model = shape(folder)
+    fits(jobs, model)
+    for sizes in {(j.sampling.num_frames, j.sampling.height, j.sampling.width) for j in jobs}:
+        layer = Shape(1, model.tokens(*sizes), model.heads, model.head_dim)
+        p = config.parallel
+        search(layer, nodes, p.method, p.ulysses, p.ring)
+    todo, done = resume(config, folder, jobs)
+    check_output(Path(config.output.dir), estimate_bytes(todo))
+    return Batch(folder, todo, done)
+
+
+def resume(config: Config, folder: ModelFolder, jobs: Sequence[Job]) -> tuple[tuple[Job, ...], tuple[Job, ...]]:
+    """(todo, done): a job is done if its file holds what is asked for. Raises InputError if it holds anything else."""
+    videos, found = Path(config.output.dir) / "videos", dict[str, VideoRecord]()
+    try:
+        there = {name for name in os.listdir(videos) if name.endswith(".h5")}
+    except OSError:
+        there = set()
+    for job in jobs:
+        if f"{job.id}.h5" not in there:
+            continue
+        path = videos / f"{job.id}.h5"
+        if not config.resume:
+            raise InputError(f"resume=false: {path} exists; allowed: another output.dir, or resume=true to keep it")
+        try:
+            found[job.id] = read_record(path)
+        except (ValueError, OSError) as error:
+            raise InputError(f"{error}; remove it to have it rendered again") from None
+        theirs = found[job.id].model.get("fingerprint")
+        if theirs != folder.fingerprint:
+            raise InputError(
+                f"{path} was made by another model ({found[job.id].model.get('name')}, weights {str(theirs)[:12]}) than"
+                f" is asked for now ({folder.path}, weights {folder.fingerprint[:12]}); allowed: another output.dir"
+            )
+    keys = {
+        name: {
+            "prompt": record.prompt,
+            "negative_prompt": record.negative_prompt,
+            "sampling": record.sampling,
+        }
+        for name, record in found.items()
+    }
+    done, todo = partition(jobs, keys)
+    return todo, done
+
+
+def check_output(folder: Path, need: int) -> None:
+    """Raises InputError unless `need` bytes can be written into `folder`; makes nothing that stays."""
+    there = folder
+    while not there.exists() and not there.is_symlink():
+        there = there.parent
+    try:
+        if not there.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, "not a folder", str(there))
+        with tempfile.TemporaryFile(dir=there) as probe:
+            probe.write(b"\0")
+            probe.flush()
+            os.fsync(probe.fileno())
+        free = shutil.disk_usage(there).free
+    except OSError as error:
+        raise InputError(f"output.dir={folder}: cannot be written: {there}: {error.strerror}") from None
+    if free < need:
+        raise InputError(
+            f"output.dir={folder}: the videos may need {need / 1e9:.3g} GB, {free / 1e9:.3g} GB are free on that disk;"
+            " allowed: a disk with more room, or fewer or smaller videos"
+        )
+
+
+@contextlib.contextmanager
+def output_folder(folder: Path) -> Iterator[Path]:
+    """Makes the output folder and holds it for this run; gives the videos' folder. Raises InputError if it is held.
+
+    The lock is the kernel's: it goes with the process, however that ends.
+    """
+    videos = folder / "videos"
+    videos.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(
+                f"output.dir={folder}: another run is writing there; allowed: another output.dir"
+            ) from None
+        except OSError:
+            pass  # a file system without locks: then nobody can be kept out, and each video is still written whole
+        for place in (folder, videos):
+            atomic.clean(place)
+        yield videos
+
+
+def model_shape(config: Config) -> ModelShape:
+    """The shape that `mode=plan` plans for: of the checkpoint, or of the configuration where that has one."""
+    if config.model.path is None and config.model.shape is not None:
+        values = dict(config.model.shape)
+        return ModelShape(**{**values, "patch": tuple(values["patch"]), "multiple": 16})
+    return shape(inspect(Path(config.model.path) if config.model.path else demo_model()))

@@ -1,0 +1,295 @@
+"""The prompts file: from lines to jobs, and which of the jobs are done already.
+
+`.txt`: a prompt a line; empty lines and lines that start with `#` do not count. `.jsonl`: a JSON object a
+line with `prompt`, and where wanted `id`, `negative_prompt` and any key of `sampling`. Every fault is an
+InputError of one line, `file:line: key: what is wrong; allowed: ...`, found while reading, line by line.
+"""
+
+import codecs
+import difflib
+import json
+import re
+import stat
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from itertools import takewhile
+from pathlib import Path
+from typing import Any
+
+from hpcdit.command_line import one_line, shown
+from hpcdit.config import Sampling
+from hpcdit.errors import InputError
+from hpcdit.keys import MAX_SEED, SAMPLING_RULES
+from hpcdit.models.loading import ModelShape
+
+LINE_BYTES = 1 << 20
+ID_BYTES = 200  # file systems take names of 255 bytes, and the writer adds to this one
+FIELDS = ("prompt", "id", "negative_prompt", *SAMPLING_RULES)
+ID_ALLOWED = (
+    f"1 to {ID_BYTES} bytes of UTF-8 without /, \\, .., control characters, a leading . or -, or spaces at the ends"
+)
+
+# The trace of one video: rank count and layers are not known when the need is estimated, this is generous.
+TRACE_BYTES, TRACE_BYTES_A_STEP = 1 << 20, 1 << 16
+
+
+@dataclass(frozen=True)
+class Job:
+    """One video to make: the `index`-th of the prompts file, written as `videos/<id>.h5`.
+
+    where: file and line that it comes from, for messages.
+    """
+
+    index: int
+    id: str
+    prompt: str
+    negative_prompt: str
+    sampling: Sampling
+    where: str = field(default="", compare=False)
+
+    def key(self) -> dict[str, Any]:
+        """What identifies the content of the video, in JSON's types: nothing of the rank or the machine."""
+        return {
+            "prompt": self.prompt,
+            "negative_prompt": self.negative_prompt,
+            "sampling": asdict(self.sampling),
+        }
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of the prompts file, numbered from 1."""
+
+    path: Path
+    number: int
+    text: str
+
+    def error(self, what: str, allowed: str) -> InputError:
+        return InputError(f"{self.path}:{self.number}: {what}; allowed: {allowed}")
+
+
+def read(path: Path, defaults: Sampling) -> tuple[Job, ...]:
+    """The jobs of a prompts file, in its order. Raises InputError.
+
+    A job without a seed gets `defaults.seed` plus its index (past 2**63 - 1 it goes on from 0), one without
+    an id gets its index and the first letters of its prompt.
+    """
+    parse = PARSERS.get(path.suffix.lower())
+    if parse is None:
+        raise InputError(f"prompts: {shown(str(path))}; allowed: a file whose name ends in .txt or .jsonl")
+    jobs: list[Job] = []
+    lines: dict[str, tuple[str, int]] = {}
+    for line in _lines(path):
+        fields = parse(line)
+        if fields is not None:
+            job = _job(len(jobs), line, fields, defaults)
+            _check_unique(job, line, lines)
+            jobs.append(job)
+    if not jobs:
+        raise InputError(f"{path}: no prompt in it; allowed: at least one line with a prompt")
+    return tuple(jobs)
+
+
+def fits(jobs: Iterable[Job], shape: ModelShape) -> None:
+    """Raises InputError for the first job of a size that the model cannot make."""
+    for job in jobs:
+        try:
+            shape.legal(job.sampling.num_frames, job.sampling.height, job.sampling.width)
+        except InputError as error:
+            raise InputError(f"{job.where}: {error}") from None
+
+
+def partition(jobs: Iterable[Job], records: Mapping[str, Mapping[str, Any]]) -> tuple[tuple[Job, ...], tuple[Job, ...]]:
+    """Splits the jobs into (done, to do). records: `Job.key()` of each finished video, by its id.
+
+    A finished video stays what it is: raises InputError where its id is now asked for with other content.
+    """
+    done, todo, others = [], [], []
+    for job in jobs:
+        if job.id not in records:
+            todo.append(job)
+        elif (asked := _flat(job.key())) == (found := _flat(records[job.id])):
+            done.append(job)
+        else:
+            others.append((job, asked, found))
+    if others:
+        job, asked, found = others[0]
+        key = next(k for k in asked | found if k not in asked or k not in found or asked[k] != found[k])
+        wanted, there = _apart(asked.get(key), found.get(key))
+        many = f" ({len(others)} such videos)" if len(others) > 1 else ""
+        raise InputError(
+            f"{job.where}: {key}: {wanted} is asked for, but the finished videos/{job.id}.h5 has {there}"
+            f"{many}; allowed: the same content, another id, or another output.dir"
+        )
+    return tuple(done), tuple(todo)
+
+
+def estimate_bytes(jobs: Iterable[Job]) -> int:
+    """Disk space that the jobs' videos take at most: frames as they are, uncompressed, and traces."""
+    return sum(
+        3 * job.sampling.num_frames * job.sampling.height * job.sampling.width
+        + TRACE_BYTES
+        + TRACE_BYTES_A_STEP * job.sampling.steps
+        for job in jobs
+    )
+
+
+def _lines(path: Path) -> Iterator[Line]:
+    """The file's lines, one at a time, each at most LINE_BYTES. Raises InputError."""
+    try:
+        mode = path.stat().st_mode
+        if not stat.S_ISREG(mode):
+            what = "is a folder" if stat.S_ISDIR(mode) else "is not a regular file"
+            raise InputError(f"prompts: {shown(str(path))} {what}; allowed: a .txt or .jsonl file")
+        with path.open("rb") as file:
+            number = 0
+            while data := file.readline(LINE_BYTES + 1):
+                number += 1
+                yield _line(path, number, data)
+    except (OSError, ValueError) as error:  # ValueError: a name that no system call takes
+        reason = getattr(error, "strerror", error)
+        raise InputError(f"prompts: {shown(str(path))}: {reason}; allowed: a file that can be read") from None
+
+
+def _line(path: Path, number: int, data: bytes) -> Line:
+    if len(data) > LINE_BYTES:
+        raise Line(path, number, "").error("a longer line", f"{LINE_BYTES} bytes a line")
+    if number == 1:
+        data = data.removeprefix(codecs.BOM_UTF8)
+    try:
+        return Line(path, number, data.decode().rstrip("\r\n"))
+    except UnicodeDecodeError as error:
+        what = f"byte {data[error.start]:#04x} at column {error.start + 1} is not UTF-8"
+        raise Line(path, number, "").error(what, "text in UTF-8") from None
+
+
+def _plain(line: Line) -> dict[str, Any] | None:
+    """A line of a .txt file as the fields of a job; None where it holds none."""
+    text = line.text.strip()
+    if "\r" in text:
+        raise line.error("a carriage return inside a line", r"lines that end in \n or \r\n")
+    return {"prompt": text} if text and not text.startswith("#") else None
+
+
+def _object(line: Line) -> dict[str, Any] | None:
+    """A line of a .jsonl file as the fields of a job; None where it holds none."""
+
+    def once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for key, value in pairs:
+            if key in found:
+                raise line.error(f"{one_line(key, 80)}: there twice", "each key once")
+            found[key] = value
+        return found
+
+    if not line.text.strip():
+        return None
+    try:
+        fields = json.loads(line.text, object_pairs_hook=once)
+    except json.JSONDecodeError as error:
+        raise line.error(f"not JSON: {error.msg} at column {error.colno}", "a JSON object a line") from None
+    except RecursionError:
+        raise line.error("not JSON: nested too deep", "a JSON object a line") from None
+    except ValueError:  # Python's limit on the digits of an integer
+        raise line.error("not JSON: a number with too many digits", "a JSON object a line") from None
+    if not isinstance(fields, dict):
+        raise line.error(f"{_shown(fields)} is not an object", "a JSON object a line")
+    return fields
+
+
+PARSERS: Mapping[str, Callable[[Line], dict[str, Any] | None]] = {".txt": _plain, ".jsonl": _object}
+
+
+def _job(index: int, line: Line, fields: dict[str, Any], defaults: Sampling) -> Job:
+    if "image" in fields:
+        raise line.error("image: not supported yet", "prompts alone, for text-to-video models")
+    for key in fields:
+        if key not in FIELDS:
+            close = difflib.get_close_matches(key[:100], FIELDS, 1)
+            meant = f", did you mean {close[0]}?" if close else ""
+            raise line.error(f"{one_line(key, 80)}: unknown field{meant}", ", ".join(FIELDS))
+    if "prompt" not in fields:
+        raise line.error("prompt: missing", "a prompt in each line")
+    prompt = _text(line, "prompt", fields["prompt"])
+    if not prompt.strip():
+        raise line.error("prompt: empty", "a prompt in each line")
+    name = _id(line, fields["id"]) if "id" in fields else f"{index:05d}-{_slug(prompt)}".rstrip("-")
+    values = {key: _sampling(line, key, value) for key, value in fields.items() if key in SAMPLING_RULES}
+    values.setdefault("seed", (defaults.seed + index) % (MAX_SEED + 1))
+    return Job(
+        index=index,
+        id=name,
+        prompt=prompt,
+        negative_prompt=_text(line, "negative_prompt", fields.get("negative_prompt", "")),
+        sampling=replace(defaults, **values),
+        where=f"{line.path}:{line.number}",
+    )
+
+
+def _sampling(line: Line, key: str, value: object) -> Any:
+    rule = SAMPLING_RULES[key]
+    try:
+        return rule.accept(value)
+    except ValueError:
+        raise line.error(f"{key}: {_shown(value)}", rule.allowed) from None
+
+
+def _text(line: Line, key: str, value: object) -> str:
+    """The value, if it is text that can be stored. Raises InputError."""
+    if not isinstance(value, str):
+        raise line.error(f"{key}: {_shown(value)}", "text")
+    if "\0" in value or any("\ud800" <= c <= "\udfff" for c in value):
+        raise line.error(f"{key}: {shown(value)}", "text without NUL and without halves of surrogate pairs")
+    return value
+
+
+def _id(line: Line, value: object) -> str:
+    """The value, if it can name a file and an HDF5 link everywhere. Raises InputError."""
+    good = (
+        isinstance(value, str)
+        and not any(unicodedata.category(c) in ("Cc", "Cf", "Cs", "Zl", "Zp") for c in value)
+        and 0 < len(value.encode()) <= ID_BYTES
+        and not any(part in value for part in ("/", "\\", ".."))
+        and not value.startswith((".", "-"))
+        and value == value.strip()
+    )
+    if not good:
+        raise line.error(f"id: {_shown(value)}", ID_ALLOWED)
+    return str(value)
+
+
+def _check_unique(job: Job, line: Line, lines: dict[str, tuple[str, int]]) -> None:
+    """Raises InputError where an earlier line has this id. Notes the id and its line in `lines` otherwise."""
+    # Some file systems take names for the same that differ in case or in how an accent is coded.
+    folded = unicodedata.normalize("NFC", unicodedata.normalize("NFC", job.id).casefold())
+    other, number = lines.setdefault(folded, (job.id, line.number))
+    if number != line.number:
+        same = "already used" if other == job.id else f"the same file as {shown(other)} on some systems, used"
+        raise line.error(f"id: {shown(job.id)} is {same} in line {number}", "each id once")
+
+
+def _slug(prompt: str) -> str:
+    return "-".join(re.findall("[a-z0-9]+", prompt.lower()))[:40]
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, dict | list):  # which may be nested too deep to be shown
+        return "an object" if isinstance(value, dict) else "a list"
+    return shown(value)
+
+
+def _apart(one: object, other: object) -> tuple[str, str]:
+    """Two values as shown, long texts from shortly before the place where they differ."""
+    if isinstance(one, str) and isinstance(other, str):
+        alike = takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False))
+        start = sum(1 for _ in alike) - 20
+        if start > 20:
+            one, other = f"...{one[start:]}", f"...{other[start:]}"
+    return shown(one), shown(other)
+
+
+def _flat(key: Mapping[str, Any]) -> dict[str, Any]:
+    """`{"sampling": {"seed": 1}}` as `{"sampling.seed": 1}`, so that two can be compared value by value."""
+    flat = {name: value for name, value in key.items() if name != "sampling"}
+    return flat | {f"sampling.{name}": value for name, value in key["sampling"].items()}

@@ -1,0 +1,105 @@
+"""What a person sees of a run: a log file, and a line on the terminal that moves."""
+
+import logging
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+from ..output.store import Index
+
+LINE_S = 5.0  # between two progress lines where the output is not a terminal
+
+
+def open_log(path: Path) -> logging.Logger:
+    """A logger that appends plain lines to `path`."""
+    log = logging.getLogger(f"hpcdit.run.{path}")
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(message)s", "%Y-%m-%d %H:%M:%S"))
+    log.handlers = [handler]
+    return log
+
+
+def clock(seconds: float) -> str:
+    """Seconds as people read them: 45 s, 12 min 5 s, 3 h 20 min."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+class Report:
+    """Rank 0's account of a run: index, log and progress line. On other ranks there is none.
+
+    work: denoising steps of each video to be rendered, by id; what is left is foretold from the steps done.
+    """
+
+    def __init__(self, index: Index, log: logging.Logger, work: dict[str, int], there: int) -> None:
+        self._index, self.log, self._work = index, log, work
+        self._there, self._done, self._failed = there, 0, 0
+        self._steps, self._start, self._shown = 0, time.monotonic(), 0.0
+        self._terminal = sys.stderr.isatty()
+
+    @property
+    def failed(self) -> int:
+        return self._failed
+
+    def begins(self, job_id: str, plan: str) -> None:
+        self._start = time.monotonic() if not self._steps else self._start
+        self.log.info("%s: starts (%s)", job_id, plan)
+
+    def step(self, job_id: str, step: int) -> None:
+        """Step `step` (from 0) of a video has ended."""
+        self._steps += 1
+        self._show(f"{job_id} step {step + 1}/{self._work[job_id]}")
+
+    def ended(self, job_id: str, status: str, seconds: float, reason: str) -> None:
+        self._index.update(job_id, status, seconds, reason)
+        if status == "done":
+            self._done += 1
+            self.log.info("%s: done in %.1f s", job_id, seconds)
+        else:
+            self._failed += 1
+            self.log.error("%s: failed: %s", job_id, reason)
+            self._print(f"{job_id}: failed: {reason}")
+        self._show(f"{job_id} {status}", now=True)
+
+    def _show(self, what: str, now: bool = False) -> None:
+        elapsed = time.monotonic() - self._start
+        if not now and not self._terminal and elapsed - self._shown < LINE_S:
+            return
+        self._shown = elapsed
+        total = sum(self._work.values())
+        left = elapsed / self._steps * (total - self._steps) if self._steps else 0.0
+        there = f" ({self._there} were there)" if self._there else ""
+        line = f"{self._done}/{len(self._work)} videos{there}, {what}, {clock(left)} left"
+        if self._terminal:
+            print(f"\r{line:<78.110}", end="", file=sys.stderr, flush=True)
+        else:
+            print(line, file=sys.stderr, flush=True)
+
+    def _print(self, line: str) -> None:
+        print(("\n" if self._terminal else "") + line, file=sys.stderr, flush=True)
+
+    def close(self, events: np.ndarray) -> None:
+        """Writes the index with the job's own trace; leaves the moving line, so that what follows has its own."""
+        self._index.write(events)
+        self.end_line()
+
+    def end_line(self) -> None:
+        """Leaves the moving line, so that what follows has its own."""
+        if self._terminal and self._shown:
+            print(file=sys.stderr, flush=True)
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self._start
+
+    @property
+    def done(self) -> int:
+        return self._done

@@ -1,0 +1,169 @@
+"""One render of a checked batch: brings model, transport, engine and output together."""
+
+import gc
+import os
+import sys
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..attention.schedule import Shape
+from ..cluster import Cluster
+from ..config import Config
+from ..models import adapter_of
+from ..output.record import Row, VideoRecord
+from ..output.store import Index, software
+from ..output.trace import EVENT, Trace
+from ..planner.search import Plan, search
+from ..transport.base import Transport
+from ..transport.mpi import MpiTransport
+from .batch import Batch, output_folder
+from .engine import Engine, StopRequest
+from .manifest import Job
+from .progress import Report, clock, open_log
+from .stages import Finisher
+
+OK, FAILED = 0, 3
+
+
+def render(config: Config, cluster: Cluster, batch: Batch) -> int:
+    """Renders what is to do, on all ranks together. Returns the exit code; raises Stopped when asked to stop."""
+    world, folder = cluster.world, Path(config.output.dir)
+    torch.set_num_threads(world.cores)
+    with ExitStack() as stack:
+        world.agree(lambda: stack.enter_context(output_folder(folder)) and None, "the output folder")
+        report = _report(config, cluster, batch) if world.rank == 0 else None
+        _log_processes(cluster, report)
+        if batch.todo:
+            _render(config, cluster, batch, report, stack)
+        code = 0
+        if report:
+            code = FAILED if report.failed else OK
+            _summary(folder, report, len(batch.done))
+        return int(world.broadcast(code, "the exit code"))
+
+
+def _render(config: Config, cluster: Cluster, batch: Batch, report: Report | None, stack: ExitStack) -> None:
+    world, folder = cluster.world, Path(config.output.dir)
+    trace = Trace(world.rank, config.trace.level, world.clock_offset())
+    stop = StopRequest()
+    stop.listen()
+    stack.callback(stop.restore)
+    with trace.span("connect", "inter"):
+        transport = MpiTransport(cluster, config.transport.inter)
+    with trace.span("load", "io"):
+        adapter = adapter_of(batch.folder.family).load(batch.folder, config.model.dtype)
+    gc.freeze()  # what is there by now stays to the end
+    gc.enable()
+    if report:
+        report.log.info("transport: %s", transport.describe())
+    planner = Planner(config, transport)
+    finisher = Finisher(
+        adapter,
+        folder / "videos",
+        Provenance.of(config, cluster, batch, planner),
+        Trace(world.rank, config.trace.level, trace.offset),
+        config.output.compression,
+        config.output.video,
+        world.cores,
+    )
+    stack.callback(finisher.close)
+    dtype = getattr(torch, config.model.dtype)
+    engine = Engine(world, transport, adapter, dtype, planner, finisher, trace, stop, report)
+    # What belongs to no video is the job's trace.
+    events = world.gather(trace.take().tobytes(), 0, "the events of the job")
+    try:
+        engine.render(batch.todo)
+    finally:
+        if report:
+            report.close(np.frombuffer(b"".join(events), EVENT))
+
+
+class Planner:
+    """The layout for each length of sequence, worked out once; the same on every rank."""
+
+    def __init__(self, config: Config, transport: Transport) -> None:
+        self._parallel, self.transport = config.parallel, transport
+        self._plans: dict[Shape, Plan] = {}
+
+    def __call__(self, shape: Shape) -> Plan:
+        if shape not in self._plans:
+            p = self._parallel
+            self._plans[shape] = search(shape, self.transport.nodes, p.method, p.ulysses, p.ring)[0]
+        return self._plans[shape]
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """What is stored with every video of a run, besides what is its own."""
+
+    model: dict[str, Any]
+    config: dict[str, Any]
+    software: dict[str, str]
+    cluster: dict[str, Any]
+    planner: Planner
+    batch: Batch
+
+    @classmethod
+    def of(cls, config: Config, cluster: Cluster, batch: Batch, planner: Planner) -> "Provenance":
+        described = cluster.describe()
+        model = {
+            "name": config.model.name,
+            "family": batch.folder.family,
+            "fingerprint": batch.folder.fingerprint,
+            "dtype": config.model.dtype,
+        }
+        return cls(model, config.describe(), software(described["mpi"]), described, planner, batch)
+
+    def __call__(self, job: Job) -> VideoRecord:
+        s, model = job.sampling, self.batch.shape
+        layer = Shape(1, model.tokens(s.num_frames, s.height, s.width), model.heads, model.head_dim)
+        return VideoRecord(
+            id=job.id,
+            prompt=job.prompt,
+            negative_prompt=job.negative_prompt,
+            seed=s.seed,
+            fps=s.fps,
+            sampling=asdict(s),
+            model=self.model,
+            plan={**self.planner(layer).describe(), **self.planner.transport.describe()},
+            config=self.config,
+            software=self.software,
+            cluster=self.cluster,
+        )
+
+
+def _report(config: Config, cluster: Cluster, batch: Batch) -> Report:
+    folder, done = Path(config.output.dir), {job.id for job in batch.done}
+    log = open_log(folder / "run.log")
+    described = cluster.describe()
+    log.info("hpcdit %s: %s", software()["hpcdit"], " ".join(sys.argv[1:]) or "(defaults)")
+    log.info("cluster: %s", described)
+    log.info("model: %s, %s", batch.folder.path, config.model.dtype)
+    log.info("videos: %d to do, %d there", len(batch.todo), len(done))
+    rows = [Row(j.index, j.id, j.prompt, j.sampling.seed, "done" if j.id in done else "pending") for j in batch.jobs]
+    work = {job.id: job.sampling.steps for job in batch.todo}
+    return Report(Index(folder, rows), log, work, len(done))
+
+
+def _log_processes(cluster: Cluster, report: Report | None) -> None:
+    """Names every rank's process in the log, for the person who looks for it on its host."""
+    world = cluster.world
+    mine = f"rank {world.rank}: node {cluster.node}, host {world.hostname}, pid {os.getpid()}"
+    for line in world.gather(mine.encode(), 0, "the processes"):
+        if report:
+            report.log.info(line.decode())
+
+
+def _summary(folder: Path, report: Report, there: int) -> None:
+    report.end_line()
+    text = f"{report.done} videos done in {clock(report.seconds)}"
+    text += f", {there} were there" * bool(there) + f", {report.failed} failed (see job.h5 and run.log)" * bool(
+        report.failed
+    )
+    report.log.info(text)
+    print(f"hpcdit: {text}: {folder / 'videos'}", flush=True)

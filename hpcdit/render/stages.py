@@ -1,0 +1,111 @@
+"""The last two stages of a video, decode and write, beside the denoising of the next one."""
+
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ..errors import VideoError
+from ..models.base import Adapter
+from ..output import media
+from ..output.record import VideoRecord
+from ..output.store import write_video
+from ..output.trace import Trace
+from .manifest import Job
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a video ended. status: done or failed, then with a reason; seconds from its encoding to its file."""
+
+    id: str
+    status: str
+    seconds: float
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Denoised:
+    """A video that is still to be decoded. started: this process's `time.perf_counter()` when its encoding began."""
+
+    job: Job
+    latents: torch.Tensor
+    events: np.ndarray
+    started: float
+
+
+def check_picture(frames: np.ndarray) -> None:
+    """Raises VideoError for a stack of frames without any variation: that is never what was asked for."""
+    if (frames == frames.flat[0]).all():
+        raise VideoError(f"the frames show nothing: every value is {frames.flat[0]}")
+
+
+class Finisher:
+    """Decodes and writes this rank's share of the videos on a thread of its own, one after the other.
+
+    At most one video waits while another is worked on, so that memory stays bounded.
+    """
+
+    def __init__(
+        self,
+        adapter: Adapter,
+        folder: Path,
+        record: Callable[[Job], VideoRecord],
+        trace: Trace,
+        compression: str,
+        video: str,
+        threads: int,
+    ) -> None:
+        self._adapter, self._folder, self._record, self._trace = adapter, folder, record, trace
+        self._compression, self._video = compression, video
+        # A new thread would take all cores otherwise: OpenMP's thread count is a thread's own setting.
+        self._pool = ThreadPoolExecutor(1, "hpcdit-finisher", torch.set_num_threads, (threads,))
+        self._running: list[Future[Result]] = []
+
+    def submit(self, video: Denoised) -> None:
+        """Queues a video; waits while one is queued already."""
+        for earlier in self._running[:-1]:
+            earlier.exception()
+        self._running.append(self._pool.submit(self._finish, video))
+
+    def results(self, wait: bool = False) -> list[dict]:
+        """What has ended since the last call, all of it if `wait`. Raises what the thread raised."""
+        ended = [future for future in self._running if wait or future.done()]
+        self._running = [future for future in self._running if future not in ended]
+        return [asdict(future.result()) for future in ended]
+
+    def _finish(self, video: Denoised) -> Result:
+        job, done = video.job, Result(video.job.id, "done", 0.0)
+        try:
+            if not torch.isfinite(video.latents).all():
+                raise VideoError("the latents hold values that are not numbers")
+            with self._trace.span("decode", "compute"):
+                frames = self._adapter.decode(video.latents)
+            check_picture(frames)
+            self._write(video, frames)
+        except VideoError as error:
+            self._trace.take()  # of a video that has no file
+            done = replace(done, status="failed", reason=str(error))
+        except FileExistsError:
+            done = replace(done, status="failed", reason=f"{job.id}.h5 appeared while it was rendered; kept as it is")
+        return replace(done, seconds=time.perf_counter() - video.started)
+
+    def _write(self, video: Denoised, frames: np.ndarray) -> None:
+        start = self._trace.now()
+
+        def events() -> np.ndarray:
+            self._trace.record("write", "io", start, self._trace.now(), frames.nbytes)
+            every = np.concatenate([video.events, self._trace.take()])
+            return every[np.argsort(every["start"], kind="stable")]
+
+        path = self._folder / f"{video.job.id}.h5"
+        if self._video == "mp4":  # first: the HDF5 file says that the video is done
+            media.write_mp4(path.with_suffix(".mp4"), frames, video.job.sampling.fps)
+        write_video(path, frames, self._record(video.job), events, self._compression)
+
+    def close(self) -> None:
+        self._pool.shutdown()

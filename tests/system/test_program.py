@@ -1,0 +1,169 @@
+"""The program as users start it: good runs, bad input, ranks that die or stop, requests to stop."""
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+
+from tests.system.program import Running, alive, finished, prompts, run, statuses
+
+QUICK = ("sampling.steps=2", "sampling.num_frames=5", "sampling.max_sequence_length=16")
+CAPTIONS = ("a red circle moving left on black", "a blue star growing on grey", "a green square moving up on white")
+
+
+def test_one_process_renders_without_mpirun(tmp_path: Path) -> None:
+    file = prompts(tmp_path / "p.txt", CAPTIONS[:2])
+    ended = run(None, f"prompts={file}", "output.dir=out", *QUICK, cwd=tmp_path)
+    assert ended.returncode == 0, ended.stderr
+    assert len(finished(tmp_path / "out")) == 2
+    assert {path.name for path in tmp_path.iterdir()} == {"p.txt", "out"}, "nothing else is made"
+
+
+def test_a_run_leaves_videos_index_and_log_that_h5py_alone_reads(tmp_path: Path) -> None:
+    rows = [
+        {"id": "first", "prompt": CAPTIONS[0], "seed": 5},
+        {"prompt": CAPTIONS[1], "negative_prompt": "mud", "num_frames": 9},
+    ]
+    file = prompts(tmp_path / "p.jsonl", [json.dumps(row) for row in rows])
+    args = (f"prompts={file}", "output.dir=out", "cluster.ranks_per_node=1", *QUICK)
+    ended = run(2, *args, cwd=tmp_path)
+    assert ended.returncode == 0, ended.stderr
+    with h5py.File(tmp_path / "out" / "job.h5") as job:
+        assert [row["status"] for row in job["jobs"]] == [b"done", b"done"]
+        video = job["videos"]["first"]
+        assert video["frames"].shape == (5, 96, 96, 3) and video["frames"].attrs["fps"] == 16
+        assert video.attrs["prompt"] == CAPTIONS[0] and video.attrs["seed"] == 5
+        assert json.loads(video.attrs["plan"])["method"] in ("torus", "ring", "ulysses")
+        events = video["trace/events"][:]
+        names, lanes = set(events["name"]), set(events["lane"])
+        assert {b"encode", b"step", b"attend", b"push o", b"pull k", b"decode", b"write"} <= names
+        assert {b"compute", b"inter", b"io"} <= lanes
+        assert set(events["rank"]) == {0, 1} and (events["end"] >= events["start"]).all()
+        assert events["end"].max() - events["start"].min() < 120, "one clock"
+        second = next(name for name in job["videos"] if name != "first")
+        assert job["videos"][second]["frames"].shape[0] == 9
+    log = (tmp_path / "out" / "run.log").read_text()
+    assert "\x1b" not in log + ended.stderr and "\r" not in log + ended.stderr
+    assert ended.stdout.count("2 videos done") == 1
+
+    before = finished(tmp_path / "out")
+    again = run(2, *args, cwd=tmp_path)
+    assert again.returncode == 0 and "2 were there" in again.stdout
+    assert finished(tmp_path / "out") == before
+    other = run(2, *args, "sampling.steps=3", cwd=tmp_path)
+    assert other.returncode == 2 and other.stderr.count("\n") == 1
+    assert "steps" in other.stderr and "3" in other.stderr and "2" in other.stderr and "first" in other.stderr
+    assert finished(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize(
+    "args, words",
+    [
+        (["parallel.method=torus", "parallel.ulysses=3"], ["parallel.ulysses=3", "1x2, 2x1"]),
+        (["parallel.ulysses=1", "parallel.ring=1"], ["parallel.ring=1", "1x2, 2x1"]),
+        (["cluster.nodes=5"], ["cluster.nodes=5", "1 node"]),
+        (["sampling.height=97"], ["height", "97", "96 or 112"]),
+        (["model.path=."], ["model.path", "model_index.json"]),
+        (["output.dir=file.txt"], ["output.dir=file.txt", "not a folder"]),
+        (["output.dir=/proc/hpcdit"], ["output.dir=/proc/hpcdit", "cannot be written"]),
+        (["prompts=file.txt", "sampling.num_frames=253", "sampling.width=512", "+x=1"], ["x: unknown key"]),
+        (["transport.kind=nvshmem"], ["transport.kind=nvshmem", "auto or mpi"]),
+        (["prompts=none.txt"], ["prompts", "none.txt"]),
+    ],
+)
+def test_bad_input_is_one_line_for_all_ranks_with_code_2(args: list[str], words: list[str], tmp_path: Path) -> None:
+    (tmp_path / "file.txt").write_text("a cat\n")
+    ended = run(2, *args, cwd=tmp_path)
+    assert ended.returncode == 2, ended.stderr
+    assert ended.stderr.count("\n") == 1 and ended.stderr.startswith("hpcdit: "), ended.stderr
+    assert all(word in ended.stderr for word in words), ended.stderr
+    assert ended.stdout == ""
+    assert {path.name for path in tmp_path.iterdir()} == {"file.txt"}, "no output folder is left"
+
+
+def test_a_full_disk_is_foreseen(tmp_path: Path) -> None:
+    lines = [json.dumps({"prompt": "a cat", "num_frames": 253, "height": 512, "width": 1024}) for _ in range(100_000)]
+    file = prompts(tmp_path / "p.jsonl", lines)  # 40 TB
+    ended = run(None, f"prompts={file}", "output.dir=out", cwd=tmp_path)
+    assert ended.returncode == 2 and "are free on that disk" in ended.stderr, ended.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_video_that_is_not_a_picture_fails_and_the_others_are_made(tmp_path: Path) -> None:
+    rows = [
+        {"id": "broken", "prompt": CAPTIONS[0], "guidance_scale": 1e30},
+        {"id": "well", "prompt": CAPTIONS[1]},
+    ]
+    file = prompts(tmp_path / "p.jsonl", [json.dumps(row) for row in rows])
+    ended = run(2, f"prompts={file}", "output.dir=out", *QUICK, cwd=tmp_path)
+    assert ended.returncode == 3, ended.stderr
+    assert list(finished(tmp_path / "out")) == ["well.h5"]
+    found = statuses(tmp_path / "out")
+    assert found["well"] == ("done", "") and found["broken"][0] == "failed" and "not numbers" in found["broken"][1]
+    assert "broken: failed" in ended.stderr
+
+
+def test_a_killed_rank_ends_the_run_and_the_same_command_finishes_it(tmp_path: Path) -> None:
+    file = prompts(tmp_path / "p.txt", CAPTIONS)
+    args = (f"prompts={file}", "sampling.num_frames=17", "sampling.steps=25", "cluster.ranks_per_node=2")
+    with Running(3, *args, cwd=tmp_path) as program:
+        program.until(r"00000\S+: done")
+        program.until(r"00002\S+: starts")
+        before = finished(program.out)
+        os.kill(program.pids()[1], signal.SIGKILL)
+        code, seconds = program.ended(70)
+        assert code == 4 and seconds < 65, program.said
+        assert "rank 1" in program.said and "SIGKILL" in program.said
+        assert not any(alive(pid) for pid in program.pids().values())
+        assert before and before.items() <= finished(program.out).items()
+    again = run(3, "output.dir=out", *args, cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    after = finished(tmp_path / "out")
+    assert len(after) == 3 and before.items() <= after.items()
+    unbroken = run(3, "output.dir=whole", *args, cwd=tmp_path)
+    assert unbroken.returncode == 0
+    for name in after:
+        with h5py.File(tmp_path / "out/videos" / name) as a, h5py.File(tmp_path / "whole/videos" / name) as b:
+            assert np.abs(a["frames"][:].astype(int) - b["frames"][:]).max() <= 1
+
+
+@pytest.mark.parametrize("ranks_per_node", [1, 2])
+def test_a_stopped_rank_is_noticed_and_named(ranks_per_node: int, tmp_path: Path) -> None:
+    file = prompts(tmp_path / "p.txt", CAPTIONS)
+    timeout_s = 4
+    args = (f"prompts={file}", "sampling.steps=200", f"transport.timeout_s={timeout_s}")
+    with Running(2, *args, f"cluster.ranks_per_node={ranks_per_node}", cwd=tmp_path) as program:
+        program.until(r"step \d+/200")
+        os.kill(program.pids()[1], signal.SIGSTOP)
+        code, seconds = program.ended(60)
+        assert code == 4 and seconds < timeout_s + 5, program.said
+        assert "no sign of life from rank 1" in program.said and "while waiting for" in program.said
+        assert not any(alive(pid) for pid in program.pids().values())
+
+
+def test_a_request_to_stop_ends_the_run_with_75_and_it_can_be_resumed(tmp_path: Path) -> None:
+    file = prompts(tmp_path / "p.txt", CAPTIONS)
+    args = (f"prompts={file}", "sampling.num_frames=17", "sampling.steps=25")
+    with Running(2, *args, cwd=tmp_path) as program:
+        program.until(r"00001\S+: starts")
+        os.kill(program.pids()[1], signal.SIGTERM)
+        code, _ = program.ended(60)
+        assert code == 75, program.said
+        assert "stopped on request" in program.said
+        before = finished(program.out)
+    assert len(before) == 1, "what was denoised is written"
+    again = run(2, "output.dir=out", *args, cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert len(finished(tmp_path / "out")) == 3 and before.items() <= finished(tmp_path / "out").items()
+
+
+def test_two_runs_do_not_write_into_one_folder(tmp_path: Path) -> None:
+    file = prompts(tmp_path / "p.txt", CAPTIONS)
+    with Running(1, f"prompts={file}", "sampling.steps=200", cwd=tmp_path) as program:
+        program.until("starts")
+        second = run(1, f"prompts={file}", "output.dir=out", "sampling.steps=200", cwd=tmp_path)
+        assert second.returncode == 2 and "another run is writing there" in second.stderr
