@@ -55,9 +55,9 @@ class Batch:
 def prepare(config: Config, nodes: Sequence[int]) -> Batch:
     """Reads and checks prompts, model folder, sizes, layout and output folder. Raises InputError; leaves no trace."""
     folder = inspect(Path(config.model.path) if config.model.path else demo_model())
-    jobs = read(Path(config.prompts) if config.prompts else demo_prompts(), resolve_sampling(config, folder.family))
-    model = shape(folder)
-    fits(jobs, model)
+    defaults, model = resolve_sampling(config, folder.family), shape(folder)
+    jobs = read(Path(config.prompts) if config.prompts else demo_prompts(), defaults)
+    fits(jobs, defaults, model)
     for sizes in {(j.sampling.num_frames, j.sampling.height, j.sampling.width) for j in jobs}:
         layer = Shape(1, model.tokens(*sizes), model.heads, model.head_dim)
         p = config.parallel

@@ -91,13 +91,15 @@ def read(path: Path, defaults: Sampling) -> tuple[Job, ...]:
     return tuple(jobs)
 
 
-def fits(jobs: Iterable[Job], shape: ModelShape) -> None:
-    """Raises InputError for the first job of a size that the model cannot make."""
+def fits(jobs: Iterable[Job], defaults: Sampling, shape: ModelShape) -> None:
+    """Raises InputError for the first job of a size that the model cannot make: its line, or the key it has it from."""
     for job in jobs:
         try:
             shape.legal(job.sampling.num_frames, job.sampling.height, job.sampling.width)
         except InputError as error:
-            raise InputError(f"{job.where}: {error}") from None
+            key = str(error).partition(":")[0]
+            own = getattr(job.sampling, key) != getattr(defaults, key)
+            raise InputError(f"{job.where}: {error}" if own else f"sampling.{error}") from None
 
 
 def partition(jobs: Iterable[Job], records: Mapping[str, Mapping[str, Any]]) -> tuple[tuple[Job, ...], tuple[Job, ...]]:

@@ -49,7 +49,9 @@ def render(config: Config, cluster: Cluster, batch: Batch) -> int:
 
 def _render(config: Config, cluster: Cluster, batch: Batch, report: Report | None, stack: ExitStack) -> None:
     world, folder = cluster.world, Path(config.output.dir)
-    trace = Trace(world.rank, config.trace.level, world.clock_offset())
+    # The traces' clock is rank 0's, from here on.
+    zero = world.broadcast(Trace.now(), "the clocks")
+    trace = Trace(world.rank, config.trace.level, world.clock_offset() - zero)
     stop = StopRequest()
     stop.listen()
     stack.callback(stop.restore)

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from hpcdit import app
 from hpcdit.attention.methods import schedule
 from hpcdit.attention.schedule import Shape
 from hpcdit.attention.session import SequenceParallel
@@ -51,6 +52,15 @@ def degrees(ranks: int) -> list[tuple[str, int, int]]:
     pairs = [(d, ranks // d) for d in range(1, ranks + 1) if ranks % d == 0]
     both = [(method, *pair) for method in ("usp", "tas", "torus") for pair in pairs]
     return [("ulysses", ranks, 1), ("ring", 1, ranks), *both]
+
+
+def program(comm: MPI.Comm, prompts: str, folder: str) -> Any:
+    """The program on worlds of 1 to 6 ranks, two ranks a node, each into a folder of its own: exit codes by size."""
+
+    def body(world: World) -> int:
+        return app.run(world, [f"prompts={prompts}", f"output.dir={folder}/{world.size}", "cluster.ranks_per_node=2"])
+
+    return each_size(comm, body, [(6,), (5, 1), (4, 2), (3,)])
 
 
 def wan_frames(comm: MPI.Comm, checkpoint: str, reference: str) -> Any:

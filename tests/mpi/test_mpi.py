@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
 import pytest
 
@@ -28,6 +29,21 @@ def test_every_method_is_exact_on_one_to_six_ranks_over_both_ways_between_nodes(
     for size, (worst, count) in found.items():
         assert worst < 1e-12, f"{size} ranks"
         assert count >= 15, f"{size} ranks"
+
+
+def test_the_demo_is_the_same_video_on_one_to_six_ranks(tmp_path: Path) -> None:
+    """The whole program, with the packaged model and the shipped settings, on each number of ranks."""
+    prompts = tmp_path / "one.txt"
+    prompts.write_text("a blue triangle moving right on black\n")
+    assert mpirun(6, "program", str(prompts), str(tmp_path)) == {str(size): 0 for size in range(1, 7)}
+    frames = {}
+    for size in range(1, 7):
+        (path,) = (tmp_path / str(size) / "videos").glob("*.h5")
+        with h5py.File(path) as file:
+            frames[size] = file["frames"][:].astype(int)
+    assert frames[1].shape == (33, 96, 96, 3) and frames[1].std() > 20
+    for size in range(2, 7):
+        assert abs(frames[size] - frames[1]).max() <= 1, f"{size} ranks"
 
 
 @pytest.fixture(scope="module")

@@ -66,7 +66,7 @@ def test_a_run_leaves_videos_index_and_log_that_h5py_alone_reads(tmp_path: Path)
         (["parallel.method=torus", "parallel.ulysses=3"], ["parallel.ulysses=3", "1x2, 2x1"]),
         (["parallel.ulysses=1", "parallel.ring=1"], ["parallel.ring=1", "1x2, 2x1"]),
         (["cluster.nodes=5"], ["cluster.nodes=5", "1 node"]),
-        (["sampling.height=97"], ["height", "97", "96 or 112"]),
+        (["sampling.height=97"], ["hpcdit: sampling.height: 97", "96 or 112"]),
         (["model.path=."], ["model.path", "model_index.json"]),
         (["output.dir=file.txt"], ["output.dir=file.txt", "not a folder"]),
         (["output.dir=/proc/hpcdit"], ["output.dir=/proc/hpcdit", "cannot be written"]),

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -6,7 +7,7 @@ import pytest
 from hpcdit.errors import InputError
 from hpcdit.models.loading import ModelShape
 from hpcdit.render.manifest import estimate_bytes, fits, partition
-from tests.unit.test_manifest import jobs_of
+from tests.unit.test_manifest import DEFAULTS, jobs_of
 
 
 def test_finished_videos_are_told_from_those_to_do(tmp_path: Path) -> None:
@@ -57,12 +58,15 @@ def test_long_prompts_are_shown_from_where_they_differ(tmp_path: Path) -> None:
     assert "word cat';" in str(caught.value)
 
 
-def test_a_size_that_the_model_cannot_make_is_refused_with_its_line(tmp_path: Path) -> None:
+def test_a_size_that_the_model_cannot_make_is_refused_with_its_line_or_key(tmp_path: Path) -> None:
     shape = ModelShape(2, 5, 14, 16, (1, 2, 2), 4, 8)
-    fits(jobs_of(tmp_path, "a\nb", ".txt"), shape)
+    fits(jobs_of(tmp_path, "a\nb", ".txt"), DEFAULTS, shape)
     lines = jobs_of(tmp_path, '{"prompt": "a"}\n{"prompt": "b", "num_frames": 10}')
     with pytest.raises(InputError, match=r"prompts\.jsonl:2: num_frames: 10 .*nearest: 9 or 13"):
-        fits(lines, shape)
+        fits(lines, DEFAULTS, shape)
+    wide = replace(DEFAULTS, width=97)
+    with pytest.raises(InputError, match=r"^sampling\.width: 97 .*nearest: 96 or 112"):
+        fits(jobs_of(tmp_path, '{"prompt": "a"}', width=97), wide, shape)
 
 
 def test_the_disk_space_asked_for_holds_all_frames_uncompressed(tmp_path: Path) -> None:
