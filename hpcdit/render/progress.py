@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from ..output.store import Index
+from ..output.trace import EVENT
 
 LINE_S = 5.0  # between two progress lines where the output is not a terminal
 
@@ -41,8 +42,10 @@ class Report:
 
     def __init__(self, index: Index, log: logging.Logger, work: dict[str, int], there: int) -> None:
         self._index, self.log, self._work = index, log, work
+        self.events = np.empty(0, EVENT)  # the job's own trace
         self._there, self._done, self._failed = there, 0, 0
-        self._steps, self._start, self._shown = 0, time.monotonic(), 0.0
+        self._steps, self._shown = 0, 0.0
+        self._opened = self._start = time.monotonic()  # the start is set anew when the first video begins
         self._terminal = sys.stderr.isatty()
 
     @property
@@ -86,19 +89,21 @@ class Report:
     def _print(self, line: str) -> None:
         print(("\n" if self._terminal else "") + line, file=sys.stderr, flush=True)
 
-    def close(self, events: np.ndarray) -> None:
-        """Writes the index with the job's own trace; leaves the moving line, so that what follows has its own."""
-        self._index.write(events)
-        self.end_line()
-
-    def end_line(self) -> None:
-        """Leaves the moving line, so that what follows has its own."""
+    def close(self) -> None:
+        """Writes the index; leaves the moving line, so that what follows has its own."""
+        self._index.write(self.events)
+        self.log.info("videos took %.1f s, after %.1f s of loading", time.monotonic() - self._start, self._loading)
         if self._terminal and self._shown:
             print(file=sys.stderr, flush=True)
 
     @property
+    def _loading(self) -> float:
+        return self._start - self._opened
+
+    @property
     def seconds(self) -> float:
-        return time.monotonic() - self._start
+        """Since the run was set up."""
+        return time.monotonic() - self._opened
 
     @property
     def done(self) -> int:

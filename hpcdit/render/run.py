@@ -2,6 +2,7 @@
 
 import gc
 import os
+import resource
 import sys
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -16,7 +17,7 @@ from ..cluster import Cluster
 from ..config import Config
 from ..models import adapter_of
 from ..output.record import Row, VideoRecord
-from ..output.store import Index, software
+from ..output.store import rebuild, software
 from ..output.trace import EVENT, Trace
 from ..planner.search import Plan, search
 from ..transport.base import Transport
@@ -38,11 +39,17 @@ def render(config: Config, cluster: Cluster, batch: Batch) -> int:
         world.agree(lambda: stack.enter_context(output_folder(folder)) and None, "the output folder")
         report = _report(config, cluster, batch) if world.rank == 0 else None
         _log_processes(cluster, report)
-        if batch.todo:
-            _render(config, cluster, batch, report, stack)
-        code = 0
+        try:
+            if batch.todo:
+                _render(config, cluster, batch, report, stack)
+        finally:
+            if report:
+                report.close()
+        peak = world.largest(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, "the end of the batch")
+        code = OK
         if report:
             code = FAILED if report.failed else OK
+            report.log.info("peak memory: %.2f GiB on the largest rank", peak / 2**30)
             _summary(folder, report, len(batch.done))
         return int(world.broadcast(code, "the exit code"))
 
@@ -78,11 +85,9 @@ def _render(config: Config, cluster: Cluster, batch: Batch, report: Report | Non
     engine = Engine(world, transport, adapter, dtype, planner, finisher, trace, stop, report)
     # What belongs to no video is the job's trace.
     events = world.gather(trace.take().tobytes(), 0, "the events of the job")
-    try:
-        engine.render(batch.todo)
-    finally:
-        if report:
-            report.close(np.frombuffer(b"".join(events), EVENT))
+    if report:
+        report.events = np.frombuffer(b"".join(events), EVENT)
+    engine.render(batch.todo)
 
 
 class Planner:
@@ -149,7 +154,7 @@ def _report(config: Config, cluster: Cluster, batch: Batch) -> Report:
     log.info("videos: %d to do, %d there", len(batch.todo), len(done))
     rows = [Row(j.index, j.id, j.prompt, j.sampling.seed, "done" if j.id in done else "pending") for j in batch.jobs]
     work = {job.id: job.sampling.steps for job in batch.todo}
-    return Report(Index(folder, rows), log, work, len(done))
+    return Report(rebuild(folder, rows), log, work, len(done))
 
 
 def _log_processes(cluster: Cluster, report: Report | None) -> None:
@@ -162,7 +167,6 @@ def _log_processes(cluster: Cluster, report: Report | None) -> None:
 
 
 def _summary(folder: Path, report: Report, there: int) -> None:
-    report.end_line()
     text = f"{report.done} videos done in {clock(report.seconds)}"
     text += f", {there} were there" * bool(there) + f", {report.failed} failed (see job.h5 and run.log)" * bool(
         report.failed
