@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 
 from .attention.schedule import Shape
 from .config import Config, load, resolve_sampling
-from .errors import InputError, PeerLost, Stopped
+from .errors import BrokenRun, InputError, Stopped
 from .guard import launched_rank
 from .planner.search import search, table
+from .stop import StopRequest
 
 if TYPE_CHECKING:
     from .cluster import World
@@ -41,8 +42,9 @@ def run(world: "World", argv: Sequence[str]) -> int:
     """Runs the program on the ranks of `world`. What a single rank cannot survive ends all of them."""
     threading.excepthook = lambda args: world.abort(4, "".join(traceback.format_exception(args.exc_value)))
     try:
-        return _say(lambda: _run(world, argv), first=world.rank == 0)
-    except PeerLost as error:
+        with StopRequest() as stop:
+            return _say(lambda: _run(world, argv, stop), first=world.rank == 0)
+    except BrokenRun as error:
         world.abort(error.exit_code, str(error))
     except BaseException:
         world.abort(4, traceback.format_exc())
@@ -67,7 +69,7 @@ def plan(argv: Sequence[str]) -> int:
     return OK
 
 
-def _run(world: "World", argv: Sequence[str]) -> int:
+def _run(world: "World", argv: Sequence[str], stop: StopRequest) -> int:
     values = world.agree(lambda: (config := load(argv)) and config.to_dict(), "the configuration")
     if values is None:
         return OK
@@ -89,7 +91,7 @@ def _run(world: "World", argv: Sequence[str]) -> int:
     batch = world.agree(lambda: prepare(config, cluster.nodes).to_dict(), "the prompts")
     from .render.run import render
 
-    code = render(config, cluster, Batch.from_dict(batch))
+    code = render(config, cluster, Batch.from_dict(batch), stop)
     cluster.close()
     return code
 

@@ -18,7 +18,7 @@ from typing import Any
 import mpi4py
 import numpy as np
 
-from .errors import InputError, PeerLost
+from .errors import BrokenRun, InputError
 from .service import Service
 
 mpi4py.rc.thread_level = "multiple"  # a thread makes progress while the main thread computes
@@ -96,7 +96,7 @@ class World:
             next(watch)
 
     def _fail(self, error: BaseException) -> None:
-        known = isinstance(error, PeerLost)
+        known = isinstance(error, BrokenRun)
         self.abort(4, str(error) if known else "".join(traceback.format_exception(error)))
 
     def abort(self, code: int, message: str) -> None:

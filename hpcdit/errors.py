@@ -13,10 +13,14 @@ class VideoError(Exception):
     exit_code = 3
 
 
-class PeerLost(Exception):
-    """A rank gave no sign of life within `transport.timeout_s` while another waited for it; exit code 4."""
+class BrokenRun(Exception):
+    """The run cannot go on, for a reason that one line tells; exit code 4. The same command resumes it."""
 
     exit_code = 4
+
+
+class PeerLost(BrokenRun):
+    """A rank gave no sign of life within `transport.timeout_s` while another waited for it."""
 
 
 class Stopped(Exception):

@@ -1,12 +1,9 @@
 """The batch loop: for each job all ranks encode and denoise together; one of them, in turn, decodes and writes."""
 
 import json
-import signal
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from types import FrameType
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -20,30 +17,11 @@ from ..kernels import cpu
 from ..models.base import Adapter
 from ..output.trace import EVENT, Trace
 from ..planner.search import Plan
+from ..stop import StopRequest
 from ..transport.base import Transport
 from .manifest import Job
 from .progress import Report
 from .stages import Denoised, Finisher
-
-
-@dataclass
-class StopRequest:
-    """Whether the run was asked to stop, by a signal of the batch system or of a person."""
-
-    by: str = ""
-    _before: dict[signal.Signals, Any] = field(default_factory=dict)
-
-    def listen(self) -> None:
-        """SIGTERM and SIGUSR1 (what Slurm sends before the time limit) end the run at the next step."""
-        for number in (signal.SIGTERM, signal.SIGUSR1):
-            self._before[number] = signal.signal(number, self._note)
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self.by = signal.Signals(number).name
-
-    def restore(self) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
 
 
 @dataclass

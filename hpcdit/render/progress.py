@@ -3,10 +3,13 @@
 import logging
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 
+from ..errors import BrokenRun
 from ..output.store import Index
 from ..output.trace import EVENT
 
@@ -32,6 +35,14 @@ def clock(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60} min {whole % 60} s"
     return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+@contextmanager
+def _as_broken_run() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise BrokenRun(f"the index cannot be written: {error.strerror or error}; finished videos are whole") from error
 
 
 class Report:
@@ -62,7 +73,8 @@ class Report:
         self._show(f"{job_id} step {step + 1}/{self._work[job_id]}")
 
     def ended(self, job_id: str, status: str, seconds: float, reason: str) -> None:
-        self._index.update(job_id, status, seconds, reason)
+        with _as_broken_run():
+            self._index.update(job_id, status, seconds, reason)
         if status == "done":
             self._done += 1
             self.log.info("%s: done in %.1f s", job_id, seconds)
@@ -91,7 +103,8 @@ class Report:
 
     def close(self) -> None:
         """Writes the index; leaves the moving line, so that what follows has its own."""
-        self._index.write(self.events)
+        with _as_broken_run():
+            self._index.write(self.events)
         self.log.info("videos took %.1f s, after %.1f s of loading", time.monotonic() - self._start, self._loading)
         if self._terminal and self._shown:
             print(file=sys.stderr, flush=True)

@@ -15,15 +15,17 @@ import torch
 from ..attention.schedule import Shape
 from ..cluster import Cluster
 from ..config import Config
+from ..errors import Stopped
 from ..models import adapter_of
 from ..output.record import Row, VideoRecord
 from ..output.store import rebuild, software
 from ..output.trace import EVENT, Trace
 from ..planner.search import Plan, search
+from ..stop import StopRequest
 from ..transport.base import Transport
 from ..transport.mpi import MpiTransport
 from .batch import Batch, output_folder
-from .engine import Engine, StopRequest
+from .engine import Engine
 from .manifest import Job
 from .progress import Report, clock, open_log
 from .stages import Finisher
@@ -31,7 +33,7 @@ from .stages import Finisher
 OK, FAILED = 0, 3
 
 
-def render(config: Config, cluster: Cluster, batch: Batch) -> int:
+def render(config: Config, cluster: Cluster, batch: Batch, stop: StopRequest) -> int:
     """Renders what is to do, on all ranks together. Returns the exit code; raises Stopped when asked to stop."""
     world, folder = cluster.world, Path(config.output.dir)
     torch.set_num_threads(world.cores)
@@ -41,7 +43,11 @@ def render(config: Config, cluster: Cluster, batch: Batch) -> int:
         _log_processes(cluster, report)
         try:
             if batch.todo:
-                _render(config, cluster, batch, report, stack)
+                _render(config, cluster, batch, stop, report, stack)
+        except Stopped as error:
+            if report:
+                report.log.warning("%s", error)
+            raise
         finally:
             if report:
                 report.close()
@@ -54,14 +60,13 @@ def render(config: Config, cluster: Cluster, batch: Batch) -> int:
         return int(world.broadcast(code, "the exit code"))
 
 
-def _render(config: Config, cluster: Cluster, batch: Batch, report: Report | None, stack: ExitStack) -> None:
+def _render(
+    config: Config, cluster: Cluster, batch: Batch, stop: StopRequest, report: Report | None, stack: ExitStack
+) -> None:
     world, folder = cluster.world, Path(config.output.dir)
     # The traces' clock is rank 0's, from here on.
     zero = world.broadcast(Trace.now(), "the clocks")
     trace = Trace(world.rank, config.trace.level, world.clock_offset() - zero)
-    stop = StopRequest()
-    stop.listen()
-    stack.callback(stop.restore)
     with trace.span("connect", "inter"):
         transport = MpiTransport(cluster, config.transport.inter)
     with trace.span("load", "io"):

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..errors import VideoError
+from ..errors import BrokenRun, VideoError
 from ..models.base import Adapter
 from ..output import media
 from ..output.record import VideoRecord
@@ -92,6 +92,10 @@ class Finisher:
             done = replace(done, status="failed", reason=str(error))
         except FileExistsError:
             done = replace(done, status="failed", reason=f"{job.id}.h5 appeared while it was rendered; kept as it is")
+        except OSError as error:  # a full disk, a file system that is gone: no later video would fare better
+            where = self._folder / f"{job.id}.h5"
+            why = f"{where} cannot be written: {error.strerror or error}"
+            raise BrokenRun(f"{why}; finished videos are whole, the same command resumes") from error
         return replace(done, seconds=time.perf_counter() - video.started)
 
     def _write(self, video: Denoised, frames: np.ndarray) -> None:

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import subprocess
 from pathlib import Path
 
 import h5py
@@ -105,6 +106,28 @@ def test_a_video_that_is_not_a_picture_fails_and_the_others_are_made(tmp_path: P
     found = statuses(tmp_path / "out")
     assert found["well"] == ("done", "") and found["broken"][0] == "failed" and "not numbers" in found["broken"][1]
     assert "broken: failed" in ended.stderr
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to make a small disk")
+def test_a_disk_that_fills_up_ends_the_run_in_one_line(tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(disk)], check=True)
+    try:
+        file = prompts(tmp_path / "p.txt", CAPTIONS)
+        with Running(2, f"prompts={file}", "sampling.steps=20", cwd=tmp_path, out="disk/out") as program:
+            program.until(r"00001\S+: starts")
+            before = finished(program.out)
+            with pytest.raises(OSError, match="No space left"), open(disk / "filler", "wb", buffering=0) as filler:
+                while True:
+                    filler.write(bytes(1 << 16))
+            code, _ = program.ended(60)
+            assert code == 4, program.said
+            assert "cannot be written: No space left on device" in program.said
+            assert "Traceback" not in program.said
+            assert before.items() <= finished(program.out).items()
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
 
 
 def test_a_killed_rank_ends_the_run_and_the_same_command_finishes_it(tmp_path: Path) -> None:

@@ -1,4 +1,5 @@
 import inspect as python
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,15 @@ from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
 from hpcdit.models import configs
 from hpcdit.models.loading import ModelShape, inspect, shape
 from tests.checkpoints import make_wan
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """More threads are slower for sizes as tiny as these, much slower where other programs want the cores too."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def test_defaults_for_keys_that_a_configuration_leaves_out_are_those_of_diffusers() -> None:
