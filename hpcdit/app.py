@@ -39,11 +39,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(world: "World", argv: Sequence[str]) -> int:
-    """Runs the program on the ranks of `world`. What a single rank cannot survive ends all of them."""
-    threading.excepthook = lambda args: world.abort(4, "".join(traceback.format_exception(args.exc_value)))
-    try:
+    """Runs the program on the ranks of `world`; returns its exit code."""
+
+    def body() -> int:
         with StopRequest() as stop:
             return _say(lambda: _run(world, argv, stop), first=world.rank == 0)
+
+    return guarded(world, body)
+
+
+def guarded(world: "World", body: Callable[[], int]) -> int:
+    """`body`'s exit code. What one rank cannot survive, in any thread, ends all ranks with that rank's message."""
+    threading.excepthook = lambda args: world.abort(4, "".join(traceback.format_exception(args.exc_value)))
+    try:
+        return body()
     except BrokenRun as error:
         world.abort(error.exit_code, str(error))
     except BaseException:

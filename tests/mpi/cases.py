@@ -1,5 +1,7 @@
 """What the tests of this folder run under mpirun."""
 
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ from hpcdit.attention.methods import schedule
 from hpcdit.attention.schedule import Shape
 from hpcdit.attention.session import SequenceParallel
 from hpcdit.cluster import MPI, Cluster, World
+from hpcdit.errors import PeerLost
 from hpcdit.kernels import cpu
 from hpcdit.models.loading import inspect
 from hpcdit.models.wan import Wan
@@ -98,3 +101,32 @@ def wan_frames(comm: MPI.Comm, checkpoint: str, reference: str) -> Any:
         return count, int(world.largest(worst, "the differences"))
 
     return each_size(comm, body, [(6,), (5, 1), (4, 2), (3,)])
+
+
+def broken_thread(comm: MPI.Comm) -> None:
+    """A thread of rank 1 raises while all ranks wait for each other."""
+    world = World()
+
+    def body() -> int:
+        if world.rank == 1:
+            threading.Thread(target=lambda: 1 / 0).start()
+        world.wait(lambda: False, range(world.size), "what never comes")
+        return 0
+
+    app.guarded(world, body)
+
+
+def silent_rank(comm: MPI.Comm) -> Any:
+    """The last rank's heart stops; what rank 0 says of it, and after how many seconds."""
+    world = World()
+    world.timeout_s = 1.5
+    if world.rank == world.size - 1:
+        world.service.stop()
+    said, start = "", time.monotonic()
+    if world.rank == 0:
+        try:
+            world.wait(lambda: False, [world.size - 1], "a piece")
+        except PeerLost as error:
+            said = str(error)
+    comm.Barrier()
+    return said, time.monotonic() - start

@@ -31,6 +31,17 @@ def test_every_method_is_exact_on_one_to_six_ranks_over_both_ways_between_nodes(
         assert count >= 15, f"{size} ranks"
 
 
+def test_an_exception_in_a_thread_of_one_rank_ends_all_ranks_with_its_message() -> None:
+    with pytest.raises(AssertionError, match=r"(?s)rank 1 on .*ZeroDivisionError"):
+        mpirun(3, "broken_thread", timeout_s=60)
+
+
+def test_a_rank_without_heartbeat_is_named_by_the_one_that_waits() -> None:
+    said, seconds = mpirun(3, "silent_rank", timeout_s=60)
+    assert said.startswith("no sign of life from rank 2") and "waiting for a piece" in said
+    assert 1.5 < seconds < 10
+
+
 def test_the_demo_is_the_same_video_on_one_to_six_ranks(tmp_path: Path) -> None:
     """The whole program, with the packaged model and the shipped settings, on each number of ranks."""
     prompts = tmp_path / "one.txt"

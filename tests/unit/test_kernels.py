@@ -1,0 +1,64 @@
+"""The device's kernels against torch's own attention in float64."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hpcdit.kernels import cpu
+
+
+def problem(lq: int, lk: int, heads: int, dim: int, dtype: torch.dtype, seed: int) -> tuple[torch.Tensor, ...]:
+    generator = torch.Generator().manual_seed(seed)
+    q = torch.randn(lq, 2, heads, dim, generator=generator, dtype=torch.float64).to(dtype)
+    k, v = torch.randn(2, lk, 2, heads, dim, generator=generator, dtype=torch.float64).to(dtype)
+    return q, k, v
+
+
+def reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    q, k, v = (x.double().permute(1, 2, 0, 3) for x in (q, k, v))
+    scores = q @ k.transpose(2, 3) / q.shape[-1] ** 0.5
+    out = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+    return out.permute(2, 0, 1, 3), torch.logsumexp(scores, -1).permute(2, 0, 1)
+
+
+@pytest.mark.parametrize(
+    "dtype, tolerance",
+    [(torch.float64, 1e-13), (torch.float32, 5e-6), (torch.bfloat16, 3e-2), (torch.float16, 4e-3)],
+)
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(st.integers(1, 90), st.integers(1, 90), st.integers(1, 5), st.integers(1, 40), st.integers(0, 99))
+def test_attention_and_lse_equal_torch_for_any_size(
+    dtype: torch.dtype, tolerance: float, lq: int, lk: int, heads: int, dim: int, seed: int
+) -> None:
+    q, k, v = problem(lq, lk, heads, dim, dtype, seed)
+    out, lse = cpu.attend(q, k, v)
+    expected, expected_lse = reference(q, k, v)
+    assert out.shape == q.shape and out.dtype == dtype
+    assert (out.double() - expected).abs().max() < tolerance
+    assert (lse.double() - expected_lse).abs().max() < tolerance
+
+
+@settings(max_examples=50, deadline=None, derandomize=True)
+@given(st.integers(0, 20), st.lists(st.integers(0, 20), min_size=1, max_size=5), st.integers(0, 99))
+def test_merging_parts_equals_attending_the_whole(lq: int, parts: list[int], seed: int) -> None:
+    """Parts and queries may be empty; parts come in any order."""
+    q, k, v = problem(lq, sum(parts), 3, 8, torch.float64, seed)
+    merged: tuple[torch.Tensor, torch.Tensor] | None = None
+    at = 0
+    for part in parts:
+        new = cpu.attend(q, k[at : at + part], v[at : at + part])
+        merged = new if merged is None else cpu.merge(*merged, *new)
+        at += part
+    assert merged is not None
+    expected, expected_lse = reference(q, k, v) if sum(parts) else (torch.zeros_like(q), merged[1])
+    assert merged[0].shape == q.shape and not merged[0].isnan().any()
+    if q.numel():
+        assert (merged[0] - expected).abs().max() < 1e-13
+        assert sum(parts) == 0 or (merged[1] - expected_lse).abs().max() < 1e-13
+
+
+def test_strided_views_are_attended_as_they_are() -> None:
+    q, k, v = (x.transpose(0, 1).contiguous().transpose(0, 1) for x in problem(9, 7, 3, 8, torch.float64, 0))
+    assert not q.is_contiguous()
+    assert (cpu.attend(q, k, v)[0] - reference(q, k, v)[0]).abs().max() < 1e-13
