@@ -19,7 +19,9 @@ for argument in "$@"; do
     esac
 done
 
-"$root/.venv/bin/mpirun" -n 4 "$python" -m hpcdit output.dir="$root/outputs/demo" output.video=mp4 "$@"
+# Two ranks stand for a node, so that the demo also shows what happens between nodes.
+"$root/.venv/bin/mpirun" -n 4 "$python" -m hpcdit output.dir="$root/outputs/demo" output.video=mp4 \
+    cluster.ranks_per_node=2 "$@"
 
 [ -n "$out" ] || exit 0
 cat <<TEXT
