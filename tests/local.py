@@ -14,7 +14,7 @@ class Board:
     """What the threads of a group share."""
 
     def __init__(self, size: int) -> None:
-        self.barrier = threading.Barrier(size, timeout=20)
+        self.barrier = threading.Barrier(size, timeout=5)
         self.changed = threading.Condition()
         self.exchanges: dict[tuple[int, int], LocalExchange] = {}
         self.failed = False
@@ -72,7 +72,7 @@ class LocalExchange(Exchange):
         peer = self.peer(place.rank)
         with self.transport.board.changed:
             board = self.transport.board
-            board.changed.wait_for(lambda: board.failed or peer.counts[place.block] >= self.round, timeout=20)
+            board.changed.wait_for(lambda: board.failed or peer.counts[place.block] >= self.round, timeout=5)
             assert peer.counts[place.block] >= self.round, (
                 f"rank {self.transport.rank} waits in vain for {self.pattern.names[place.rank][place.block]}"
             )

@@ -79,7 +79,8 @@ class Engine:
             self.trace.record("step", "compute", step_start, self.trace.now())
             if self.report:
                 self.report.step(job.id, step)
-            self._check_stop()
+            if step + 1 < s.steps:  # after the last one there is only the writing left
+                self._check_stop()
             step_start = self.trace.now()
 
         latents = self.adapter.denoise(conditions, noise, s.steps, s.guidance_scale, session, on_step)
