@@ -1,51 +1,52 @@
 """MPI start-up, waiting, abort and shutdown in one place; who sits on which node.
 
 Every wait polls and naps: MPI's own blocking calls spin, which takes the cores from the ranks that compute, and they
-cannot be left when a peer is gone. While it waits, a rank watches the heartbeats of the ranks it waits for.
+cannot be left when a peer is gone. While it waits, a rank watches the heartbeats of the ranks it waits for. Where a
+call can neither be polled nor left, because MPI is only starting or ending, an alarm ends the process in the end.
 """
 
 import contextlib
 import json
 import os
+import signal
 import socket
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import mpi4py
 import numpy as np
 
 from .errors import BrokenRun, InputError
+from .launch import launch_error
 from .service import Service
 
-mpi4py.rc.thread_level = "multiple"  # a thread makes progress while the main thread computes
-from mpi4py import MPI  # noqa: E402  (this import starts MPI, with the thread level asked for above)
-
-from .heartbeats import Heartbeats  # noqa: E402
+T = TypeVar("T")
 
 NAP_S = 50e-6, 1e-3  # first and longest nap of a wait
-CHECK_S = 0.25  # between two looks at a peer's heartbeat
+START_S = 600  # for MPI to start: the slowest rank may read Python from a busy file system
+END_S = 60  # for MPI to end, after all ranks have said that they end
+ABORT_S = 5  # for the launcher to be told
 
 
-def launch_error(env: Mapping[str, str], size: int) -> str | None:
-    """Why a world of `size` ranks cannot be what was launched, or None: n worlds of one rank overwrite each other."""
-    sizes = {
-        key: env[key] for key in ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "SLURM_NTASKS") if env.get(key, "").isdigit()
-    }
-    wrong = {key: n for key, n in sizes.items() if int(n) != size}
-    # Inside an allocation mpirun sets its own size, and Slurm's speaks of the allocation.
-    if not wrong or (size > 1 and len(wrong) < len(sizes)):
-        return None
-    key, n = next(iter(wrong.items()))
-    return (
-        f"{key}={n}, but MPI sees {size} rank{'s' * (size > 1)}: the launcher and the MPI library do not know each"
-        " other. Under Slurm start with `srun --mpi=pmi2` or `--mpi=pmix` (`srun --mpi=list` names what there is), else"
-        " with the mpirun of the MPI that mpi4py uses (`python -m mpi4py --mpi-library`);"
-        f" for a run on one rank, unset {key}"
-    )
+@contextlib.contextmanager
+def alarm(seconds: int) -> Iterator[None]:
+    """SIGALRM kills this process if the body takes longer, whatever it hangs in; the guard then tells of it."""
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+
+
+mpi4py.rc.thread_level = "multiple"  # a thread makes progress while the main thread computes
+with alarm(START_S):
+    from mpi4py import MPI  # this import starts MPI, with the thread level asked for above
+
+from .heartbeats import CHECK_S, Heartbeats  # noqa: E402
 
 
 def split(comm: MPI.Comm, color: int, key: int) -> MPI.Intracomm:
@@ -64,6 +65,15 @@ class World:
             comm = MPI.COMM_WORLD
             if (why := launch_error(os.environ, comm.size)) is not None:
                 raise InputError(why)
+        self.timeout_s = 60.0  # until the configuration is known
+        with alarm(START_S):
+            self._find_hosts(comm)
+            self._beats = Heartbeats(self.comm, self.host_comm, self.hosts)
+        self._blocked: Iterator[None] | None = None
+        self.service = Service(self._beat, self.comm.Iprobe, self._fail)
+        self.service.start()
+
+    def _find_hosts(self, comm: MPI.Comm) -> None:
         real = comm.Split_type(MPI.COMM_TYPE_SHARED)
         assert isinstance(real, MPI.Intracomm)
         first = np.empty(comm.size, np.int64)
@@ -77,11 +87,6 @@ class World:
         self.host_comm = real
         self.cores = self._threads()
         self.hostname = socket.gethostname()
-        self.timeout_s = 60.0  # until the configuration is known
-        self._beats = Heartbeats(self.comm, self.host_comm, self.hosts)
-        self._blocked: Iterator[None] | None = None
-        self.service = Service(self._beat, self.comm.Iprobe, self._fail)
-        self.service.start()
 
     def _threads(self) -> int:
         """Cores of the host / ranks of the host, unless OMP_NUM_THREADS says otherwise."""
@@ -96,6 +101,8 @@ class World:
             next(watch)
 
     def _fail(self, error: BaseException) -> None:
+        if isinstance(error, MPI.Exception):
+            error = self._lost(error, "what other ranks send")
         known = isinstance(error, BrokenRun)
         self.abort(4, str(error) if known else "".join(traceback.format_exception(error)))
 
@@ -103,34 +110,50 @@ class World:
         """Ends all ranks at once with `code`, saying which rank had to and why.
 
         On one host the guard of this process takes the others along, and all end with `code`. Several hosts are ended
-        by MPI, whose launcher then may report the signal that it killed the others with.
+        by the launcher, which is told by way of COMM_WORLD alone: where fewer ranks are to end, MPICH tells each of
+        them, and one that hangs never hears of it.
         """
         sys.stdout.flush()
         print(f"hpcdit: rank {self.rank} on {self.hostname}: {message}", file=sys.stderr, flush=True)
         if len(set(self.hosts)) > 1:
-            self.comm.Abort(code)
+            with alarm(ABORT_S):
+                MPI.COMM_WORLD.Abort(code)
         os._exit(code)
 
     def close(self) -> None:
         """Collective end of a run in which all is well: nothing is left open that would make MPI's Finalize abort."""
         self.barrier("the end of the run")
         self.service.stop()
-        self._beats.close()
-        self.comm.Free()
-        self.host_comm.Free()
+        with alarm(END_S):
+            self._beats.close()
+            self.comm.Free()
+            self.host_comm.Free()
 
     # Waiting
 
     def wait(self, done: Callable[[], bool], peers: Sequence[int], what: str, nap_s: float = NAP_S[0]) -> None:
-        """Polls `done` with naps until it holds. Raises PeerLost if one of `peers` is silent for timeout_s."""
+        """Polls `done` with naps until it holds. Raises PeerLost if one of `peers` is silent for timeout_s, or gone."""
         watch, check = None, time.monotonic() + CHECK_S
-        while not done():
-            time.sleep(nap_s)
-            nap_s = min(nap_s * 1.2, NAP_S[1])
-            if time.monotonic() > check:
-                watch = watch or self._beats.watch(peers, what, self.timeout_s)
-                next(watch)
-                check = time.monotonic() + CHECK_S
+        with self.talking(what):
+            while not done():
+                time.sleep(nap_s)
+                nap_s = min(nap_s * 1.2, NAP_S[1])
+                if time.monotonic() > check:
+                    watch = watch or self._beats.watch(peers, what, self.timeout_s)
+                    next(watch)
+
+    @contextlib.contextmanager
+    def talking(self, what: str) -> Iterator[None]:
+        """Around calls that talk to other ranks: PeerLost instead of MPI's error when a connection is broken."""
+        try:
+            yield
+        except MPI.Exception as error:
+            if (found := self._lost(error, what)) is error:
+                raise
+            raise found from error
+
+    def _lost(self, error: MPI.Exception, what: str) -> Exception:
+        return self._beats.lost(error, range(self.size), what, self.timeout_s)
 
     @contextlib.contextmanager
     def blocking(self, what: str) -> Iterator[None]:
@@ -138,21 +161,29 @@ class World:
         self.barrier(what)  # so that the call itself is short, and a late rank is waited for without spinning
         self._blocked = self._beats.watch(range(self.size), what, self.timeout_s)
         try:
-            yield
+            with self.talking(what):
+                yield
         finally:
             self._blocked = None
 
+    def _complete(
+        self, start: Callable[[], MPI.Request], peers: Sequence[int], what: str, nap_s: float = NAP_S[0]
+    ) -> None:
+        with self.talking(what):
+            request = start()
+        self.wait(request.Test, peers, what, nap_s)
+
     def barrier(self, what: str) -> None:
-        self.wait(self.comm.Ibarrier().Test, range(self.size), what)
+        self._complete(self.comm.Ibarrier, range(self.size), what)
 
     def broadcast(self, value: Any, what: str, root: int = 0) -> Any:
         """`value` of `root` on every rank, as JSON carries it."""
         data = np.frombuffer(json.dumps(value).encode(), np.uint8).copy() if self.rank == root else None
         size = np.array([0 if data is None else len(data)], np.int64)
-        self.wait(self.comm.Ibcast(size, root).Test, [root], what)
-        data = np.empty(size[0], np.uint8) if data is None else data
-        self.wait(self.comm.Ibcast(data, root).Test, [root], what)
-        return json.loads(data.tobytes())
+        self._complete(lambda: self.comm.Ibcast(size, root), [root], what)
+        content = np.empty(size[0], np.uint8) if data is None else data
+        self._complete(lambda: self.comm.Ibcast(content, root), [root], what)
+        return json.loads(content.tobytes())
 
     def agree(self, first: Callable[[], Any], what: str) -> Any:
         """What `first` returns on rank 0, on every rank; an InputError of it is raised on every rank."""
@@ -167,21 +198,33 @@ class World:
             raise InputError(answer["error"])
         return answer["value"]
 
+    def together(self, body: Callable[[], T], what: str) -> T:
+        """What `body` returns on this rank; an InputError of any rank's `body` is raised on every rank."""
+        error, value = "", None
+        try:
+            value = body()
+        except InputError as wrong:
+            error = str(wrong)
+        if self.largest(bool(error), what):
+            said = self.gather(error.encode(), 0, what)
+            raise InputError(self.broadcast(next((text.decode() for text in said if text), ""), what))
+        return cast(T, value)
+
     def largest(self, value: float, what: str) -> float:
         """The largest `value` of all ranks, on all ranks."""
-        found = np.empty(1)
-        self.wait(self.comm.Iallreduce(np.array([float(value)]), found, MPI.MAX).Test, range(self.size), what)
+        mine, found = np.array([float(value)]), np.empty(1)
+        self._complete(lambda: self.comm.Iallreduce(mine, found, MPI.MAX), range(self.size), what)
         return float(found[0])
 
     def gather(self, data: bytes, root: int, what: str) -> list[bytes]:
         """All ranks' `data` by rank on `root`; an empty list elsewhere."""
-        sizes = np.empty(self.size, np.int64)
-        self.wait(self.comm.Iallgather(np.array([len(data)], np.int64), sizes).Test, range(self.size), what)
+        size, sizes = np.array([len(data)], np.int64), np.empty(self.size, np.int64)
+        self._complete(lambda: self.comm.Iallgather(size, sizes), range(self.size), what)
         every = np.empty(int(sizes.sum()) if self.rank == root else 0, np.uint8)
         starts = np.concatenate([[0], np.cumsum(sizes)])
         into = [every, sizes.tolist(), starts[:-1].tolist(), MPI.BYTE] if self.rank == root else None
         send = np.frombuffer(data, np.uint8)
-        self.wait(self.comm.Igatherv([send, MPI.BYTE], into, root).Test, range(self.size), what)
+        self._complete(lambda: self.comm.Igatherv([send, MPI.BYTE], into, root), range(self.size), what)
         if self.rank != root:
             return []
         return [every[a:b].tobytes() for a, b in pairwise(starts)]
@@ -195,28 +238,32 @@ class World:
         for leader in leaders:
             if self.rank == 0:
                 for _ in range(tries):
-                    self._swap(leader, time.perf_counter)
+                    self._swap(leader)
             elif self.rank == leader:
                 best = float("inf")
                 for _ in range(tries):
                     start = time.perf_counter()
-                    theirs = self._swap(0, time.perf_counter)
+                    theirs = self._swap(0)
                     end = time.perf_counter()
                     if end - start < best:
                         best, offset = end - start, theirs - (start + end) / 2
         found = np.array([offset])
-        self.wait(self.host_comm.Ibcast(found, 0).Test, [self.hosts.index(self.hosts[self.rank])], "the clocks")
+        leader = self.hosts.index(self.hosts[self.rank])
+        self._complete(lambda: self.host_comm.Ibcast(found, 0), [leader], "the clocks")
         return float(found[0])
 
-    def _swap(self, peer: int, value: Callable[[], float]) -> float:
+    def _swap(self, peer: int) -> float:
         """Half of a ping-pong: rank 0 answers with its clock when asked; the other asks and returns the answer."""
         got, tag = np.empty(1), 77
-        if self.rank == 0:
-            self.wait(self.comm.Irecv(got, peer, tag).Test, [peer], "the clocks", nap_s=0)
-            self.wait(self.comm.Isend(np.array([value()]), peer, tag).Test, [peer], "the clocks", nap_s=0)
-        else:
-            self.wait(self.comm.Isend(np.array([value()]), peer, tag).Test, [peer], "the clocks", nap_s=0)
-            self.wait(self.comm.Irecv(got, peer, tag).Test, [peer], "the clocks", nap_s=0)
+
+        def send() -> MPI.Request:
+            return self.comm.Isend(np.array([time.perf_counter()]), peer, tag)
+
+        def receive() -> MPI.Request:
+            return self.comm.Irecv(got, peer, tag)
+
+        for start in (receive, send) if self.rank == 0 else (send, receive):
+            self._complete(start, [peer], "the clocks", nap_s=0)
         return float(got[0])
 
 
@@ -233,7 +280,8 @@ class Cluster:
         order = list(dict.fromkeys(keys))
         self.nodes = tuple(order.index(key) for key in keys)
         self.node = self.nodes[world.rank]
-        self.node_comm = split(world.comm, self.node, world.rank)
+        with world.blocking("the nodes"):
+            self.node_comm = split(world.comm, self.node, world.rank)
         self.local_rank = self.node_comm.rank
 
     @property
@@ -252,9 +300,11 @@ class Cluster:
         }
 
     def close(self) -> None:
-        self.node_comm.Free()
+        with self.world.blocking("the end of the nodes"):
+            self.node_comm.Free()
 
 
 def finalize() -> None:
     """The end of MPI in this process; every World is closed by now."""
-    MPI.Finalize()
+    with alarm(END_S):
+        MPI.Finalize()

@@ -3,7 +3,8 @@
 A process that is killed (kill -9, the out-of-memory killer, a segmentation fault) cannot say so itself, and the
 launcher would end the run with the bare number of a signal. When the work of a rank breaks, its guard tells the guards
 of the same host, and all end with the same exit code: a launcher that sees one rank end kills the others, and its own
-code is then that of the kill. The guard imports nothing large: it lives as long as the run, beside the work.
+code is then that of the kill. The ranks of other hosts are the launcher's to end, and the guard tells it to. The guard
+imports nothing large: it lives as long as the run, beside the work.
 """
 
 import contextlib
@@ -19,10 +20,12 @@ from typing import NoReturn
 
 KILLED = 4
 STOPPED = 75
+OWN = (0, 1, 2, 3, KILLED, STOPPED)  # the codes that the program ends with, and Python after an exception
 PR_SET_PDEATHSIG, PR_SET_NAME = 1, 15
 NAME = "hpcdit-guard"  # what ps calls it, and how guards know each other
 END = signal.SIGRTMIN + 1  # from one guard to the others of its host: a rank has broken, the run is over
 LINGER_S = 2.0
+SAYING_S = 0.1  # for what was said to get ahead of the launcher's end
 RANKS = ("PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID")
 
 # What asks a run to stop, or to pause. Launchers tell the process that they started, which is the guard.
@@ -35,6 +38,7 @@ HINTS = {
     signal.SIGBUS: "often shared memory (/dev/shm) is full: `df -h /dev/shm` tells",
     signal.SIGSEGV: "a crash in native code: PYTHONFAULTHANDLER=1 tells where",
     signal.SIGABRT: "a crash in native code: PYTHONFAULTHANDLER=1 tells where",
+    signal.SIGALRM: "MPI neither started nor ended in time: does every host start its ranks, and reach the others?",
 }
 
 
@@ -102,20 +106,34 @@ def _watch_signals(child: int) -> set[int]:
 
 
 def _exit_code(child: int, status: int, asked: set[int]) -> int:
-    if os.WIFEXITED(status):
+    if os.WIFEXITED(status) and os.WEXITSTATUS(status) in OWN:
         return os.WEXITSTATUS(status)
-    number = signal.Signals(os.WTERMSIG(status))
-    if number in asked or number in LEFT_TO_WORK:  # asked to stop before the work had handlers for it
-        return STOPPED
+    if os.WIFEXITED(status):  # MPICH ends processes so, for errors that it lets nobody handle
+        how = f"was ended by MPI or the system with exit code {os.WEXITSTATUS(status)}"
+    else:
+        number = signal.Signals(os.WTERMSIG(status))
+        if number in asked or number in LEFT_TO_WORK:  # asked to stop before the work had handlers for it
+            return STOPPED
+        how = f"was killed by {number.name}" + (f" ({HINTS[number]})" if number in HINTS else "")
     who = f"rank {launched_rank()} (host {socket.gethostname()}, process {child})"
-    hint = f" ({HINTS[number]})" if number in HINTS else ""
     rest = "finished videos are whole, the same command renders the rest"
-    print(f"hpcdit: {who} was killed by {number.name}{hint}; {rest}", file=sys.stderr, flush=True)
+    print(f"hpcdit: {who} {how}; {rest}", file=sys.stderr, flush=True)
     return KILLED
 
 
 def _end_run() -> None:
-    """Has the other ranks of this host end too; those that do not are killed after LINGER_S.
+    """Has all other ranks end too."""
+    _end_host()
+    # MPICH's launcher leaves other hosts alone when a rank ends by itself, but does what MPI_Abort would ask it for.
+    here, everywhere, launcher = (os.environ.get(name, "") for name in ("MPI_LOCALNRANKS", "PMI_SIZE", "PMI_FD"))
+    if here.isdigit() and everywhere.isdigit() and int(everywhere) > int(here) and launcher.isdigit():
+        time.sleep(SAYING_S)
+        with contextlib.suppress(OSError):
+            os.write(int(launcher), b"cmd=abort exitcode=%d\n" % KILLED)
+
+
+def _end_host() -> None:
+    """Has the other ranks of this host end; those that do not are killed after LINGER_S.
 
     A process of its own sees to that, and keeps the connection to the launcher open until they are gone: a launcher
     that finds it closed (MPICH's does) kills them in the middle, and reports that.

@@ -6,14 +6,17 @@ headers say, and the configurations fit each other.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from hpcdit.errors import InputError
 from hpcdit.models import configs
-from hpcdit.models.weights import find, fingerprint, read_json
+from hpcdit.models.weights import Weights, find, fingerprint, read_json
 
+# The parts that have weights, and what their files are called.
+WEIGHTS = {"transformer": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
 FORMAT = "a checkpoint folder in diffusers' format"
 
 
@@ -118,14 +121,10 @@ def _inspect(folder: Path) -> ModelFolder:
     configs.check_vae(vae)
     configs.check_scheduler(scheduler)
     configs.check_together(transformer, vae, text_encoder)
-    weights = [
-        find(transformer.path.parent, "diffusion_pytorch_model", index_first=True),
-        find(vae.path.parent, "diffusion_pytorch_model", index_first=True),
-        find(text_encoder.path.parent, "model", index_first=False),
-    ]
-    configs.check_tensors(transformer, weights[0].tensors)
+    weights = {part: _weights(folder, part) for part in WEIGHTS}
+    configs.check_tensors(transformer, weights["transformer"].tensors)
     files = [index, *(config.path for config in (transformer, vae, text_encoder, scheduler))]
-    files += [path for found in weights for path in found.files] + _tokenizer(folder / "tokenizer")
+    files += [path for found in weights.values() for path in found.files] + _tokenizer(folder / "tokenizer")
     digest = fingerprint(folder, files)  # opens each, and says what is wrong with one that it cannot
     return ModelFolder(
         path=folder,
@@ -137,6 +136,27 @@ def _inspect(folder: Path) -> ModelFolder:
         files={path.relative_to(folder).as_posix(): path.stat().st_size for path in files},
         fingerprint=digest,
     )
+
+
+def check_loaded(folder: ModelFolder, part: str, tensors: Mapping[str, int]) -> None:
+    """Raises InputError if `part`, as it was loaded, is not what its files hold.
+
+    A tensor that the files lack would be random, and another on each rank; one that the model has no place for means
+    that the configuration is of another model. tensors: the loaded ones, name to address; those at one address are one.
+    """
+    held = _weights(folder.path, part).tensors
+    there = {address for name, address in tensors.items() if name in held}
+    missing = [name for name, address in tensors.items() if name not in held and address not in there]
+    # The text encoder is part of a larger model, and its files may hold more of it.
+    left = [name for name in held if name not in tensors and part != "text_encoder"]
+    for names, what in ((missing, "its files lack"), (left, "its config.json has no place for")):
+        if names:
+            more = f" and {len(names) - 1} more" * (len(names) > 1)
+            raise InputError(f"{folder.path / part}: {what} the tensor {names[0]}{more}; allowed: files of one model")
+
+
+def _weights(folder: Path, part: str) -> Weights:
+    return find(folder / part, WEIGHTS[part], index_first=part != "text_encoder")
 
 
 def _tokenizer(folder: Path) -> list[Path]:

@@ -16,10 +16,11 @@ from diffusers import WanPipeline
 from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 from torch import Tensor
 
-from hpcdit.errors import VideoError
+from hpcdit.command_line import one_line
+from hpcdit.errors import InputError, VideoError
 
 from .base import Adapter, Conditions, Sequence
-from .loading import ModelFolder, shape
+from .loading import WEIGHTS, ModelFolder, check_loaded, shape
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -101,7 +102,16 @@ class Wan(Adapter):
             library.utils.logging.disable_progress_bar()
         # The VAE stays in float32, as in Wan's own examples: in half precision it shows.
         dtypes = {"default": getattr(torch, dtype), "vae": torch.float32}
-        pipe: Any = WanPipeline.from_pretrained(folder.path, dtype=dtypes, use_safetensors=True, local_files_only=True)
+        options: Any = {"dtype": dtypes, "use_safetensors": True, "local_files_only": True}
+        try:
+            pipe: Any = WanPipeline.from_pretrained(folder.path, **options)
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # each library has its own for a folder whose parts do not fit each other
+            raise InputError(f"{folder.path}: diffusers cannot load it: {one_line(str(error))}") from error
+        for part in WEIGHTS:
+            tensors = getattr(pipe, part).state_dict(keep_vars=True)
+            check_loaded(folder, part, {name: tensor.data_ptr() for name, tensor in tensors.items()})
         pipe.set_progress_bar_config(disable=True)
         return cls(pipe, folder)
 

@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from ..attention.schedule import Shape
 from ..config import Config, Sampling, demo_model, demo_prompts, resolve_sampling
@@ -19,6 +19,9 @@ from ..output import atomic
 from ..output.store import VideoRecord, read_record
 from ..planner.search import search
 from .manifest import Job, estimate_bytes, fits, partition, read
+
+LOCK = ".lock"
+FILES = (LOCK, "run.log", "job.h5")  # what a run writes beside the videos
 
 
 @dataclass(frozen=True)
@@ -104,19 +107,19 @@ def resume(config: Config, folder: ModelFolder, jobs: Sequence[Job]) -> tuple[tu
 
 def check_output(folder: Path, need: int) -> None:
     """Raises InputError unless `need` bytes can be written into `folder`; makes nothing that stays."""
-    there = folder
-    while not there.exists() and not there.is_symlink():
-        there = there.parent
+    place = folder
+    while not place.exists() and not place.is_symlink():
+        place = place.parent
     try:
-        if not there.is_dir():
-            raise NotADirectoryError(errno.ENOTDIR, "not a folder", str(there))
-        with tempfile.TemporaryFile(dir=there) as probe:
-            probe.write(b"\0")
-            probe.flush()
-            os.fsync(probe.fileno())
-        free = shutil.disk_usage(there).free
+        for there in (place, folder / "videos"):
+            if there == place or os.path.lexists(there):
+                _try_folder(there)
+        for name in FILES:
+            if os.path.lexists(folder / name):
+                open(folder / name, "ab").close()
+        free = shutil.disk_usage(place).free
     except OSError as error:
-        raise InputError(f"output.dir={folder}: cannot be written: {there}: {error.strerror}") from None
+        raise InputError(f"output.dir={folder}: cannot be written: {error.filename}: {error.strerror}") from None
     if free < need:
         raise InputError(
             f"output.dir={folder}: the videos may need {need / 1e9:.3g} GB, {free / 1e9:.3g} GB are free on that disk;"
@@ -124,26 +127,51 @@ def check_output(folder: Path, need: int) -> None:
         )
 
 
+def _try_folder(there: Path) -> None:
+    """Raises OSError unless files can be made in `there`."""
+    if not there.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, "not a folder", str(there))
+    try:
+        with tempfile.TemporaryFile(dir=there) as probe:
+            probe.write(b"\0")
+            probe.flush()
+            os.fsync(probe.fileno())
+    except OSError as error:
+        raise OSError(error.errno, os.strerror(error.errno or 0), str(there)) from None
+
+
 @contextlib.contextmanager
 def output_folder(folder: Path) -> Iterator[Path]:
     """Makes the output folder and holds it for this run; gives the videos' folder. Raises InputError if it is held.
 
-    The lock is the kernel's: it goes with the process, however that ends.
+    The lock is the kernel's: it goes with the process, however that ends. A folder that was made for a run which then
+    turns out to have bad input (a model that does not load, say) is removed again.
     """
-    videos = folder / "videos"
-    videos.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(
-                f"output.dir={folder}: another run is writing there; allowed: another output.dir"
-            ) from None
-        except OSError:
-            pass  # a file system without locks: then nobody can be kept out, and each video is still written whole
-        for place in (folder, videos):
-            atomic.clean(place)
-        yield videos
+    videos, made = folder / "videos", None
+    for place in (videos, *videos.parents):
+        if os.path.lexists(place):
+            break
+        made = place
+    try:
+        videos.mkdir(parents=True, exist_ok=True)
+        with open(folder / LOCK, "w") as lock:
+            _hold(lock, folder)
+            for place in (folder, videos):
+                atomic.clean(place)
+            yield videos
+    except InputError:
+        if made is not None:
+            shutil.rmtree(made, ignore_errors=True)
+        raise
+
+
+def _hold(lock: IO[str], folder: Path) -> None:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise InputError(f"output.dir={folder}: another run is writing there; allowed: another output.dir") from None
+    except OSError:
+        pass  # a file system without locks: then nobody can be kept out, and each video is still written whole
 
 
 def model_shape(config: Config) -> ModelShape:

@@ -70,7 +70,8 @@ def _render(
     with trace.span("connect", "inter"):
         transport = MpiTransport(cluster, config.transport.inter)
     with trace.span("load", "io"):
-        adapter = adapter_of(batch.folder.family).load(batch.folder, config.model.dtype)
+        load = adapter_of(batch.folder.family).load
+        adapter = world.together(lambda: load(batch.folder, config.model.dtype), "the model")
     gc.freeze()  # what is there by now stays to the end
     gc.enable()
     if report:

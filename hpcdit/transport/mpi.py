@@ -31,7 +31,8 @@ class MpiExchange(Exchange):
     def _set_up(self, wire: str) -> None:
         pattern, cluster, me = self._pattern, self._transport.cluster, self._world.rank
         self._stride = [-(-pattern.elements(r) * pattern.dtype.itemsize // 64) * 64 for r in range(self._world.size)]
-        self._memory = Memory(cluster, self._stride[me] * self.SETS)
+        by_rma = wire == "rma" and bool(pattern.transfers)
+        self._memory = Memory(cluster, self._stride[me] * self.SETS, far=by_rma)
         self._counters = Memory(cluster, 8 * len(pattern.spans[me]))
         near = [rank for rank in range(self._world.size) if cluster.nodes[rank] == cluster.node]
         self._bytes = {rank: found for rank in near if (found := self._memory.of(rank)) is not None}
@@ -53,7 +54,7 @@ class MpiExchange(Exchange):
     def _make_wire(self, name: str) -> Wire:
         if name == "persistent":
             return PersistentWire(self._pattern, self._world.comm, self._buffer)
-        flags = Memory(self._transport.cluster, 8 * len(self._pattern.transfers))
+        flags = Memory(self._transport.cluster, 8 * len(self._pattern.transfers), far=True)
         return RmaWire(self._pattern, self._world, self._memory, self._offset, self._buffer, flags)
 
     def _offset(self, place: Place, which: int) -> int:
@@ -78,7 +79,7 @@ class MpiExchange(Exchange):
         self._round += 1
         which = self._round % self.SETS
         if self._wire:
-            with self._lock:
+            with self._lock, self._world.talking(f"pieces, layer {self._round}"):
                 self._wire.begin(which, self._round)
         return which
 
@@ -86,7 +87,7 @@ class MpiExchange(Exchange):
         self._memory.sync()
         self._count[place.rank][place.block] = self._round
         if place in self._onward:
-            with self._lock:
+            with self._lock, self._world.talking(f"pieces to leave, layer {self._round}"):
                 self._start(place, self._round)
 
     def _start(self, place: Place, number: int) -> None:

@@ -12,14 +12,17 @@ from .base import Exchange, Pattern, Place, Transfer
 
 
 class Memory:
-    """Symmetric memory: `nbytes` of each rank, read in place inside the node, reached by `window` from everywhere."""
+    """Symmetric memory: `nbytes` of each rank, read in place inside the node."""
 
-    def __init__(self, cluster: Cluster, nbytes: int) -> None:
+    def __init__(self, cluster: Cluster, nbytes: int, far: bool = False) -> None:
+        """far: other nodes reach it, by `window`. Collective."""
         self._cluster = cluster
         self._shared = MPI.Win.Allocate_shared(max(nbytes, 8), 1, comm=cluster.node_comm)
-        self.window = MPI.Win.Create(self._shared.tomemory(), 1, comm=cluster.world.comm)
         self._shared.Lock_all()
-        self.window.Lock_all()
+        self.window = MPI.WIN_NULL
+        if far:
+            self.window = MPI.Win.Create(self._shared.tomemory(), 1, comm=cluster.world.comm)
+            self.window.Lock_all()
         self._first = cluster.nodes.index(cluster.node)
 
     def of(self, rank: int) -> np.ndarray | None:
@@ -34,8 +37,9 @@ class Memory:
 
     def close(self) -> None:
         for window in (self.window, self._shared):
-            window.Unlock_all()
-            window.Free()
+            if window != MPI.WIN_NULL:
+                window.Unlock_all()
+                window.Free()
 
 
 class Wire(ABC):
@@ -132,19 +136,21 @@ class RmaWire(Wire):
         self._flag[:] = 0
         self._expected: dict[int, tuple[Transfer, int, int]] = {}
         self._getting: list[tuple[MPI.Request, Transfer, int]] = []
-        self._flagging: list[tuple[MPI.Request, np.ndarray]] = []
+        self._flagging: list[tuple[MPI.Request, np.ndarray, np.ndarray]] = []
 
     def begin(self, which: int, number: int) -> None:
         self._expected |= {n: (t, which, number) for n, t in self._inward}
 
     def start(self, transfer: Transfer, which: int, number: int) -> None:
-        value = np.array([number], np.int64)
-        at = self._number_of[transfer] * value.itemsize
-        request = self._flags.window.Raccumulate(value, transfer.target.rank, [at, 1, MPI.INT64_T], op=MPI.REPLACE)
-        self._flagging.append((request, value))
+        value, before = np.array([number], np.int64), np.empty(1, np.int64)
+        at = [self._number_of[transfer] * value.itemsize, 1, MPI.INT64_T]
+        # The end of a Raccumulate says nothing of the target: MPI may hold it back until a flush, which would block.
+        # The old value is only here when the new one is there.
+        request = self._flags.window.Rget_accumulate(value, before, transfer.target.rank, at, op=MPI.REPLACE)
+        self._flagging.append((request, value, before))
 
     def poll(self) -> list[tuple[Transfer, int]]:
-        self._flagging = [(request, value) for request, value in self._flagging if not request.Test()]
+        self._flagging = [flag for flag in self._flagging if not flag[0].Test()]
         self._flags.sync()
         for n, (t, which, number) in list(self._expected.items()):
             if self._flag[n] >= number:

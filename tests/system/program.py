@@ -8,35 +8,39 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Self
 
 import h5py
 
 BIN = Path(sys.executable).parent
 ENV = {**os.environ, "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
 
-
-def command(ranks: int | None, *args: str) -> list[str]:
-    """The command line: under mpirun, or without it where ranks is None."""
-    start = [] if ranks is None else [str(BIN / "mpirun"), "-n", str(ranks)]
-    return [*start, sys.executable, "-m", "hpcdit", *args]
+Start = int | Sequence[str] | None
 
 
-def run(ranks: int | None, *args: str, cwd: Path, timeout_s: float = 240) -> subprocess.CompletedProcess[str]:
+def command(start: Start, *args: str) -> list[str]:
+    """The command line: under mpirun with so many ranks, without it, or under a command that starts ranks."""
+    if isinstance(start, int):
+        start = [str(BIN / "mpirun"), "-n", str(start)]
+    return [*(start or ()), sys.executable, "-m", "hpcdit", *args]
+
+
+def run(start: Start, *args: str, cwd: Path, timeout_s: float = 240) -> subprocess.CompletedProcess[str]:
     """Runs the program to its end, in `cwd`."""
-    return subprocess.run(command(ranks, *args), cwd=cwd, env=ENV, capture_output=True, text=True, timeout=timeout_s)
+    return subprocess.run(command(start, *args), cwd=cwd, env=ENV, capture_output=True, text=True, timeout=timeout_s)
 
 
 class Running:
     """The program while it runs; killed with all its ranks if a test leaves it."""
 
-    def __init__(self, ranks: int, *args: str, cwd: Path, out: str = "out") -> None:
+    def __init__(self, start: Start, *args: str, cwd: Path, out: str = "out") -> None:
         self.out, self._said = cwd / out, cwd / "said.txt"
         with self._said.open("w") as said:
             self.process = subprocess.Popen(
-                command(ranks, f"output.dir={out}", *args), cwd=cwd, env=ENV, stdout=said, stderr=said
+                command(start, f"output.dir={out}", *args), cwd=cwd, env=ENV, stdout=said, stderr=said
             )
 
-    def __enter__(self) -> "Running":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -55,9 +59,14 @@ class Running:
     def said(self) -> str:
         return self._said.read_text()
 
+    def places(self) -> dict[int, tuple[int, str, int]]:
+        """(node, host, process) of each rank, as the log names them."""
+        found = re.findall(r"rank (\d+): node (\d+), host (\S+), pid (\d+)", self.log)
+        return {int(rank): (int(node), host, int(pid)) for rank, node, host, pid in found}
+
     def pids(self) -> dict[int, int]:
-        """The process of each rank, as the log names them."""
-        return {int(rank): int(pid) for rank, pid in re.findall(r"rank (\d+): .* pid (\d+)", self.log)}
+        """The process of each rank."""
+        return {rank: pid for rank, (_, _, pid) in self.places().items()}
 
     def until(self, pattern: str, timeout_s: float = 120) -> None:
         """Waits until the log or the output says `pattern`."""

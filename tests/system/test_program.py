@@ -2,14 +2,17 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import h5py
 import numpy as np
 import pytest
 
+from hpcdit.config import demo_model
 from tests.system.program import Running, alive, finished, prompts, run, statuses
 
 QUICK = ("sampling.steps=2", "sampling.num_frames=5", "sampling.max_sequence_length=16")
@@ -84,6 +87,27 @@ def test_bad_input_is_one_line_for_all_ranks_with_code_2(args: list[str], words:
     assert all(word in ended.stderr for word in words), ended.stderr
     assert ended.stdout == ""
     assert {path.name for path in tmp_path.iterdir()} == {"file.txt"}, "no output folder is left"
+
+
+def test_a_model_that_does_not_load_is_one_line_with_code_2(tmp_path: Path) -> None:
+    folder = shutil.copytree(demo_model(), tmp_path / "model")
+    shutil.copy(folder / "vae/diffusion_pytorch_model.safetensors", folder / "text_encoder/model.safetensors")
+    ended = run(2, "model.path=model", "output.dir=out/here", cwd=tmp_path)
+    assert ended.returncode == 2 and ended.stderr.count("\n") == 1, ended.stderr
+    assert "text_encoder: its files lack the tensor" in ended.stderr
+    assert {path.name for path in tmp_path.iterdir()} == {"model"}, "no output folder is left"
+
+
+@pytest.mark.parametrize("name, make", [("videos", Path.touch), ("run.log", Path.mkdir), ("job.h5", Path.mkdir)])
+def test_an_output_folder_that_holds_other_things_is_refused(
+    name: str, make: Callable[[Path], None], tmp_path: Path
+) -> None:
+    (tmp_path / "out").mkdir()
+    make(tmp_path / "out" / name)
+    ended = run(None, "output.dir=out", cwd=tmp_path)
+    assert ended.returncode == 2 and ended.stderr.count("\n") == 1, ended.stderr
+    assert f"output.dir=out: cannot be written: out/{name}: " in ended.stderr
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {name}
 
 
 def test_a_full_disk_is_foreseen(tmp_path: Path) -> None:

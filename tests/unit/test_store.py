@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from hpcdit.output import store
 from hpcdit.output.record import Row, VideoRecord
 from hpcdit.output.trace import EVENT
+from tests.require import needs
 
 ROOT = Path(__file__).resolve().parents[2]
 QUICK = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # where syncing many small files takes no time
@@ -272,10 +273,7 @@ def test_errors_are_of_one_line(video: Path) -> None:
     assert "\n" not in str(error.value)
 
 
-needs_h5dump = pytest.mark.skipif(
-    not shutil.which("h5dump") and "h5dump" not in os.environ.get("HPCDIT_REQUIRE", ""),
-    reason="h5dump is missing (Debian: hdf5-tools)",
-)
+needs_h5dump = needs("h5dump", "" if shutil.which("h5dump") else "h5dump is missing (Debian: hdf5-tools)")
 
 
 def h5dump(*arguments: str) -> str:

@@ -1,0 +1,21 @@
+"""What a launcher tells of the run that it starts."""
+
+from collections.abc import Mapping
+
+
+def launch_error(env: Mapping[str, str], size: int) -> str | None:
+    """Why a world of `size` ranks cannot be what was launched, or None: n worlds of one rank overwrite each other."""
+    sizes = {
+        key: env[key] for key in ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "SLURM_NTASKS") if env.get(key, "").isdigit()
+    }
+    wrong = {key: n for key, n in sizes.items() if int(n) != size}
+    # Inside an allocation mpirun sets its own size, and Slurm's speaks of the allocation.
+    if not wrong or (size > 1 and len(wrong) < len(sizes)):
+        return None
+    key, n = next(iter(wrong.items()))
+    return (
+        f"{key}={n}, but MPI sees {size} rank{'s' * (size > 1)}: the launcher and the MPI library do not know each"
+        " other. Under Slurm start with `srun --mpi=pmi2` or `--mpi=pmix` (`srun --mpi=list` names what there is), else"
+        " with the mpirun of the MPI that mpi4py uses (`python -m mpi4py --mpi-library`);"
+        f" for a run on one rank, unset {key}"
+    )
