@@ -70,7 +70,7 @@ class World:
             self._find_hosts(comm)
             self._beats = Heartbeats(self.comm, self.host_comm, self.hosts)
         self._blocked: Iterator[None] | None = None
-        self.service = Service(self._beat, self.comm.Iprobe, self._fail)
+        self.service = Service(self._beat, self._fail)
         self.service.start()
 
     def _find_hosts(self, comm: MPI.Comm) -> None:
@@ -123,8 +123,10 @@ class World:
     def close(self) -> None:
         """Collective end of a run in which all is well: nothing is left open that would make MPI's Finalize abort."""
         self.barrier("the end of the run")
-        self.service.stop()
-        with alarm(END_S):
+        with alarm(END_S):  # nobody watches any more
+            self._poll(self._beats.settled)
+            self._poll(self.comm.Ibarrier().Test)
+            self.service.stop()
             self._beats.close()
             self.comm.Free()
             self.host_comm.Free()
@@ -141,6 +143,11 @@ class World:
                 if time.monotonic() > check:
                     watch = watch or self._beats.watch(peers, what, self.timeout_s)
                     next(watch)
+
+    @staticmethod
+    def _poll(done: Callable[[], bool]) -> None:
+        while not done():
+            time.sleep(NAP_S[1])
 
     @contextlib.contextmanager
     def talking(self, what: str) -> Iterator[None]:

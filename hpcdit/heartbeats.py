@@ -13,6 +13,8 @@ from .errors import PeerLost
 CHECK_S = 0.25  # between two looks at a peer's counter
 ASK_AGAIN_S = 1.0  # when no answer came: a request from before a connection broke may never fail, a new one does
 NAMING_S = 1.0  # for finding out which rank is gone, once a connection is broken
+ASK, ANSWER = 1, 2  # tags of messages without content
+NOTHING = [bytearray(), MPI.BYTE]
 RESUME = "finished videos are whole, the same command resumes"
 
 
@@ -23,34 +25,41 @@ def array(memory: MPI.buffer, dtype: type[np.generic] = np.uint8) -> np.ndarray:
 
 @dataclass(frozen=True, eq=False)
 class Question:
-    """A counter on its way here."""
+    """Whether a rank of another host lives."""
 
-    answer: np.ndarray
-    request: MPI.Request
+    requests: Sequence[MPI.Request]
     since: float = field(default_factory=time.monotonic)
 
 
 class Heartbeats:
-    """A counter a rank, in memory that its host shares and the others can get."""
+    """A counter a rank, in memory that its host shares; ranks of other hosts are asked, and count by their answers.
+
+    By messages: one-sided communication between hosts is what not every MPI has, nor every network does by itself.
+    """
 
     def __init__(self, comm: MPI.Intracomm, host_comm: MPI.Intracomm, hosts: Sequence[int]) -> None:
         self._shared = MPI.Win.Allocate_shared(8, 8, comm=host_comm)
         self._shared.Lock_all()
-        self._far = MPI.WIN_NULL
-        if comm.size > host_comm.size:  # Open MPI has no such window for a rank that is alone
-            self._far = MPI.Win.Create(self._shared.tomemory(), 8, comm=comm)
-            self._far.Lock_all()
+        self._comm = comm.Dup()
         self._own = array(self._shared.tomemory(), np.int64)
         self._own[0] = 0
         first = hosts.index(hosts[comm.rank])
         self._near = {first + i: array(self._shared.Shared_query(i)[0], np.int64) for i in range(host_comm.size)}
-        # They outlive the watch that asked: MPI still writes into their memory.
+        # By rank. Questions outlive the watch that asked.
         self._asked: dict[int, list[Question]] = {}
+        self._answers: dict[int, int] = {}
         self._asking = threading.Lock()  # the service thread may watch while the main thread does
+        self._answering: list[MPI.Request] = []
 
     def beat(self) -> None:
+        """To be called again and again, by a thread that lives as long as the rank; makes MPI's progress as well."""
         self._own[0] += 1
         self._shared.Sync()
+        self._answering = [request for request in self._answering if not request.Test()]
+        status = MPI.Status()
+        while (message := self._comm.Improbe(tag=ASK, status=status)) is not None:
+            message.Recv(NOTHING)
+            self._answering.append(self._comm.Isend(NOTHING, status.source, ANSWER))
 
     def watch(self, peers: Sequence[int], what: str, timeout_s: float) -> Iterator[None]:
         """Looks at the peers' counters at every `next`, but not more often than once in CHECK_S.
@@ -73,7 +82,7 @@ class Heartbeats:
             except MPI.Exception as error:
                 reason = str(error).strip().splitlines()[-1].strip()  # the innermost of those that MPI gives
                 raise PeerLost(f"rank {peer} is gone while waiting for {what} ({reason}); {RESUME}") from error
-            if value is not None and value != seen[peer][0]:
+            if value != seen[peer][0]:
                 seen[peer] = value, time.monotonic()
             silent = time.monotonic() - seen[peer][1]
             if silent > timeout_s:
@@ -95,23 +104,34 @@ class Heartbeats:
             return found
         return error
 
-    def _read(self, peer: int) -> int | None:
-        """The peer's counter, or None while the answer is on its way."""
+    def _read(self, peer: int) -> int:
+        """A number that grows as long as `peer` lives."""
         if peer in self._near:
             return int(self._near[peer][0])
         with self._asking:
-            asked = self._asked.get(peer, [])
-            answered = [question for question in asked if question.request.Test()]
-            self._asked[peer] = asked = [question for question in asked if question not in answered]
+            self._hear(peer)
+            asked = self._asked.setdefault(peer, [])
             if not asked or time.monotonic() - asked[-1].since > ASK_AGAIN_S:
-                answer = np.empty(1, np.int64)
-                asked.append(Question(answer, self._far.Rget(answer, peer)))
-        return int(answered[-1].answer[0]) if answered else None
+                requests = self._comm.Irecv(NOTHING, peer, ANSWER), self._comm.Isend(NOTHING, peer, ASK)
+                asked.append(Question(requests))
+            return self._answers.get(peer, 0)
+
+    def _hear(self, peer: int) -> None:
+        asked = self._asked.get(peer, [])
+        answered = [question for question in asked if MPI.Request.Testall(question.requests)]
+        self._asked[peer] = [question for question in asked if question not in answered]
+        self._answers[peer] = self._answers.get(peer, 0) + len(answered)
+
+    def settled(self) -> bool:
+        """Whether all questions of this rank are answered."""
+        with self._asking:
+            for peer in self._asked:
+                self._hear(peer)
+            return not any(self._asked.values())
 
     def close(self) -> None:
-        if self._far != MPI.WIN_NULL:
-            self._far.Unlock_all()  # completes what was asked
-            MPI.Request.Waitall([question.request for asked in self._asked.values() for question in asked])
-            self._far.Free()
+        """Collective, when all ranks are settled and beat no more."""
+        MPI.Request.Waitall(self._answering)
+        self._comm.Free()
         self._shared.Unlock_all()
         self._shared.Free()

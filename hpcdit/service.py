@@ -9,16 +9,14 @@ IDLE_NAP_S = 5e-3
 
 
 class Service(threading.Thread):
-    """Calls `beat` and `progress` again and again, napping in between, and the polls that transports add.
+    """Calls `beat`, which makes MPI progress, again and again, napping in between, and the polls that transports add.
 
     A poll returns whether it has anything under way; while one has, the naps are short.
     """
 
-    def __init__(
-        self, beat: Callable[[], None], progress: Callable[[], object], fail: Callable[[BaseException], None]
-    ) -> None:
+    def __init__(self, beat: Callable[[], None], fail: Callable[[BaseException], None]) -> None:
         super().__init__(name="hpcdit-service", daemon=True)
-        self._beat, self._progress, self._fail = beat, progress, fail
+        self._beat, self._fail = beat, fail
         self._polls: list[Callable[[], bool]] = []
         self._stopped = threading.Event()
 
@@ -32,7 +30,6 @@ class Service(threading.Thread):
         try:
             while not self._stopped.is_set():
                 self._beat()
-                self._progress()
                 busy = any([poll() for poll in self._polls])
                 time.sleep(BUSY_NAP_S if busy else IDLE_NAP_S)
         except BaseException as error:
