@@ -16,7 +16,7 @@ from hpcdit.config import Config, Sampling, conf_dir, demo_model, demo_prompts, 
 from hpcdit.errors import InputError
 from hpcdit.keys import RULES
 
-DEMO = Sampling(33, 96, 96, 10, 4.0, 0, 16, 512)
+DEMO = Sampling(33, 96, 96, 10, 4.0, 0, 16, 64)
 WAN = Sampling(81, 480, 832, 50, 5.0, 0, 16, 512)
 LONG = "x" * 10_000
 
@@ -64,7 +64,7 @@ def test_the_demo_s_files_are_there() -> None:
 def test_what_is_set_goes_before_the_model_s_defaults() -> None:
     config = loaded("sampling.steps=3", "sampling.seed=9223372036854775807", "sampling.guidance_scale=0")
     assert config.sampling == {"steps": 3, "seed": 2**63 - 1, "guidance_scale": 0.0}
-    assert resolve_sampling(config, "wan") == Sampling(33, 96, 96, 3, 0.0, 2**63 - 1, 16, 512)
+    assert resolve_sampling(config, "wan") == Sampling(33, 96, 96, 3, 0.0, 2**63 - 1, 16, 64)
 
 
 def test_a_named_folder_gets_its_family_s_defaults_and_its_own_name() -> None:
