@@ -46,6 +46,7 @@ mpi4py.rc.thread_level = "multiple"  # a thread makes progress while the main th
 with alarm(START_S):
     from mpi4py import MPI  # this import starts MPI, with the thread level asked for above
 
+from .clocks import offset  # noqa: E402
 from .heartbeats import CHECK_S, Heartbeats  # noqa: E402
 
 
@@ -173,23 +174,24 @@ class World:
         finally:
             self._blocked = None
 
-    def _complete(
+    def complete(
         self, start: Callable[[], MPI.Request], peers: Sequence[int], what: str, nap_s: float = NAP_S[0]
     ) -> None:
+        """Starts a request, and waits for its end as `wait` does."""
         with self.talking(what):
             request = start()
         self.wait(request.Test, peers, what, nap_s)
 
     def barrier(self, what: str) -> None:
-        self._complete(self.comm.Ibarrier, range(self.size), what)
+        self.complete(self.comm.Ibarrier, range(self.size), what)
 
     def broadcast(self, value: Any, what: str, root: int = 0) -> Any:
         """`value` of `root` on every rank, as JSON carries it."""
         data = np.frombuffer(json.dumps(value).encode(), np.uint8).copy() if self.rank == root else None
         size = np.array([0 if data is None else len(data)], np.int64)
-        self._complete(lambda: self.comm.Ibcast(size, root), [root], what)
+        self.complete(lambda: self.comm.Ibcast(size, root), [root], what)
         content = np.empty(size[0], np.uint8) if data is None else data
-        self._complete(lambda: self.comm.Ibcast(content, root), [root], what)
+        self.complete(lambda: self.comm.Ibcast(content, root), [root], what)
         return json.loads(content.tobytes())
 
     def agree(self, first: Callable[[], Any], what: str) -> Any:
@@ -220,58 +222,25 @@ class World:
     def largest(self, value: float, what: str) -> float:
         """The largest `value` of all ranks, on all ranks."""
         mine, found = np.array([float(value)]), np.empty(1)
-        self._complete(lambda: self.comm.Iallreduce(mine, found, MPI.MAX), range(self.size), what)
+        self.complete(lambda: self.comm.Iallreduce(mine, found, MPI.MAX), range(self.size), what)
         return float(found[0])
 
     def gather(self, data: bytes, root: int, what: str) -> list[bytes]:
         """All ranks' `data` by rank on `root`; an empty list elsewhere."""
         size, sizes = np.array([len(data)], np.int64), np.empty(self.size, np.int64)
-        self._complete(lambda: self.comm.Iallgather(size, sizes), range(self.size), what)
+        self.complete(lambda: self.comm.Iallgather(size, sizes), range(self.size), what)
         every = np.empty(int(sizes.sum()) if self.rank == root else 0, np.uint8)
         starts = np.concatenate([[0], np.cumsum(sizes)])
         into = [every, sizes.tolist(), starts[:-1].tolist(), MPI.BYTE] if self.rank == root else None
         send = np.frombuffer(data, np.uint8)
-        self._complete(lambda: self.comm.Igatherv([send, MPI.BYTE], into, root), range(self.size), what)
+        self.complete(lambda: self.comm.Igatherv([send, MPI.BYTE], into, root), range(self.size), what)
         if self.rank != root:
             return []
         return [every[a:b].tobytes() for a, b in pairwise(starts)]
 
-    def clock_offset(self, tries: int = 9) -> float:
-        """Seconds to add to this rank's `time.perf_counter()` to read rank 0's; from the quickest of some round trips.
-
-        Ranks of rank 0's host share its clock.
-        """
-        offset, leaders = 0.0, [self.hosts.index(host) for host in range(1, max(self.hosts) + 1)]
-        for leader in leaders:
-            if self.rank == 0:
-                for _ in range(tries):
-                    self._swap(leader)
-            elif self.rank == leader:
-                best = float("inf")
-                for _ in range(tries):
-                    start = time.perf_counter()
-                    theirs = self._swap(0)
-                    end = time.perf_counter()
-                    if end - start < best:
-                        best, offset = end - start, theirs - (start + end) / 2
-        found = np.array([offset])
-        leader = self.hosts.index(self.hosts[self.rank])
-        self._complete(lambda: self.host_comm.Ibcast(found, 0), [leader], "the clocks")
-        return float(found[0])
-
-    def _swap(self, peer: int) -> float:
-        """Half of a ping-pong: rank 0 answers with its clock when asked; the other asks and returns the answer."""
-        got, tag = np.empty(1), 77
-
-        def send() -> MPI.Request:
-            return self.comm.Isend(np.array([time.perf_counter()]), peer, tag)
-
-        def receive() -> MPI.Request:
-            return self.comm.Irecv(got, peer, tag)
-
-        for start in (receive, send) if self.rank == 0 else (send, receive):
-            self._complete(start, [peer], "the clocks", nap_s=0)
-        return float(got[0])
+    def clock_offset(self) -> float:
+        """Seconds to add to this rank's `time.perf_counter()` to read rank 0's."""
+        return offset(self)
 
 
 class Cluster:

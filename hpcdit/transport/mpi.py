@@ -13,8 +13,9 @@ import numpy as np
 import torch
 
 from ..cluster import Cluster
+from ..errors import InputError
 from .base import Exchange, Pattern, Place, Transfer, Transport
-from .wires import Memory, PersistentWire, RmaWire, Wire
+from .wires import Memory, PersistentWire, RmaWire, Wire, one_sided
 
 WIRES = ("persistent", "rma")
 
@@ -157,15 +158,24 @@ class MpiTransport(Transport):
     """MPI one-sided communication between CPU tensors of all ranks of `cluster`."""
 
     def __init__(self, cluster: Cluster, inter: str = "auto") -> None:
-        """inter: `persistent`, `rma`, or `auto` to take the quicker one by a short measurement between the nodes."""
+        """inter: `persistent`, `rma`, or `auto` to take the quicker one by a short measurement between the nodes.
+
+        Raises InputError for `rma` where this MPI has none between these hosts; `auto` passes it over then.
+        """
         super().__init__(rank=cluster.world.rank, nodes=cluster.nodes)
         self.cluster = cluster
         self._seconds: dict[str, float] = {}
         if cluster.node_count == 1:
             self.inter = "none"
         elif inter == "auto":
-            self._seconds = {wire: self._measure(wire) for wire in WIRES}
+            wires = WIRES if one_sided(cluster.world) else ("persistent",)
+            self._seconds = {wire: self._measure(wire) for wire in wires}
             self.inter = min(self._seconds, key=lambda wire: self._seconds[wire])
+        elif inter == "rma" and not one_sided(cluster.world):
+            raise InputError(
+                "transport.inter=rma: this MPI has no one-sided communication between these hosts (Open MPI 4 has it"
+                " with UCX alone); allowed: auto or persistent, or `mpirun --mca pml ucx --mca osc ucx,sm`"
+            )
         else:
             self.inter = inter
         self.traffic.intra = self.traffic.inter = 0

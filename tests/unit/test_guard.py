@@ -100,6 +100,45 @@ def test_crashed_work_is_not_put_down_to_memory() -> None:
     assert "ran out of memory" not in result.stderr
 
 
+def test_an_exit_that_is_not_the_program_s_own_is_a_broken_run() -> None:
+    result = finished("os._exit(143)", PMI_RANK="1")
+    assert result.returncode == 4
+    assert "rank 1 (host " in result.stderr and "exit code 143" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "act, here, told",
+    [
+        ("os.kill(os.getpid(), 9)", 1, True),
+        ("os._exit(4)", 1, True),
+        ("os.kill(os.getpid(), 9)", 2, False),
+        ("return 3", 1, False),
+    ],
+)
+def test_the_launcher_is_told_when_a_rank_breaks_and_others_are_on_other_hosts(act: str, here: int, told: bool) -> None:
+    read, write = os.pipe()
+    where = {"PMI_RANK": "0", "PMI_SIZE": "2", "MPI_LOCALNRANKS": str(here), "PMI_FD": str(write)}
+    subprocess.run(
+        program(act), cwd=ROOT, env={**os.environ, **where}, capture_output=True, timeout=30, pass_fds=[write]
+    )
+    os.close(write)
+    with open(read, "rb") as said:
+        assert said.read() == (b"cmd=abort exitcode=4\n" if told else b"")
+
+
+def test_mpi_that_neither_starts_nor_ends_is_given_up() -> None:
+    """The main thread may hang in MPI, with Python's lock held."""
+    hang = "import ctypes; ctypes.PyDLL(None).sleep(20)"
+    result = finished(f"from hpcdit.cluster import alarm\n    with alarm(1): {hang}")
+    assert result.returncode == 4
+    assert "SIGALRM" in result.stderr and "MPI neither started nor ended" in result.stderr
+
+
+def test_an_alarm_ends_with_what_it_guards() -> None:
+    act = "from hpcdit.cluster import alarm\n    with alarm(1): pass\n    time.sleep(1.5)"
+    assert finished(act).returncode == 0
+
+
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGUSR2", "SIGHUP"])
 def test_a_request_to_stop_is_passed_on(name: str) -> None:
     prepare = f"signal.signal(signal.{name}, lambda *_: sys.exit(75))"
