@@ -1,5 +1,6 @@
 """From a command line to videos: configuration, plan, render, exit code; what happens when a rank fails."""
 
+import os
 import sys
 import threading
 import traceback
@@ -28,14 +29,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         from .cluster import World, finalize
 
         world = World()
-    except (InputError, ImportError, RuntimeError) as error:
+    except InputError as error:  # the same on all ranks
         if launched_rank() == 0:
-            print(f"hpcdit: {_no_mpi(error)}", file=sys.stderr)
-        return InputError.exit_code
-    code = run(world, argv)
-    world.close()
-    finalize()
-    return code
+            print(f"hpcdit: {error}", file=sys.stderr, flush=True)
+        return error.exit_code
+    except (ImportError, RuntimeError) as error:  # perhaps on this one alone: its guard then ends the others
+        line = f"MPI cannot be started: {error}; load your site's MPI, or `pip install mpich`"
+        print(f"hpcdit: rank {launched_rank()}: {line}", file=sys.stderr, flush=True)
+        return InputError.exit_code if "PMI_RANK" not in os.environ else BrokenRun.exit_code
+
+    def whole() -> int:
+        code = run(world, argv)
+        world.close()
+        finalize()
+        return code
+
+    return guarded(world, whole)
 
 
 def run(world: "World", argv: Sequence[str]) -> int:
@@ -113,9 +122,3 @@ def _say(body: Callable[[], int], first: bool) -> int:
         if first:
             print(f"hpcdit: {error}", file=sys.stderr, flush=True)
         return error.exit_code
-
-
-def _no_mpi(error: Exception) -> str:
-    if isinstance(error, InputError):
-        return str(error)
-    return f"MPI cannot be started: {error}; load your site's MPI, or `pip install mpich`"

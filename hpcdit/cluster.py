@@ -114,8 +114,9 @@ class World:
         by the launcher, which is told by way of COMM_WORLD alone: where fewer ranks are to end, MPICH tells each of
         them, and one that hangs never hears of it.
         """
-        sys.stdout.flush()
-        print(f"hpcdit: rank {self.rank} on {self.hostname}: {message}", file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):  # nobody may be listening any more; the run ends all the same
+            sys.stdout.flush()
+            print(f"hpcdit: rank {self.rank} on {self.hostname}: {message}", file=sys.stderr, flush=True)
         if len(set(self.hosts)) > 1:
             with alarm(ABORT_S):
                 MPI.COMM_WORLD.Abort(code)

@@ -26,6 +26,7 @@ NAME = "hpcdit-guard"  # what ps calls it, and how guards know each other
 END = signal.SIGRTMIN + 1  # from one guard to the others of its host: a rank has broken, the run is over
 LINGER_S = 2.0
 SAYING_S = 0.1  # for what was said to get ahead of the launcher's end
+SIZES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
 RANKS = ("PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID")
 
 # What asks a run to stop, or to pause. Launchers tell the process that they started, which is the guard.
@@ -64,7 +65,8 @@ def run(main: Callable[[], int]) -> NoReturn:
     # From here on nothing may end this process but its own exit: Python puts the default handlers back as it ends.
     signal.pthread_sigmask(signal.SIG_BLOCK, (*FORWARDED, *LEFT_TO_WORK, END))
     code = KILLED if END in asked else _exit_code(child, status, asked)
-    if code == KILLED and any(name in os.environ for name in RANKS):
+    # Also where a signal ended the work as it was asked to: a launcher does not notice a rank that never reached MPI.
+    if _launched() and (code in (1, KILLED) or os.WIFSIGNALED(status)):
         _end_run()
     sys.exit(code)
 
@@ -172,6 +174,11 @@ def _is_guard(pid: int, launcher: int) -> bool:
         return False
     state, parent = rest.split()[:2]
     return name == NAME and state != "Z" and int(parent) == launcher
+
+
+def _launched() -> bool:
+    """Whether there are other ranks; one process in a batch script has Slurm's variables too, and no others."""
+    return any(os.environ.get(name, "").isdigit() and int(os.environ[name]) > 1 for name in SIZES)
 
 
 def launched_rank() -> int:

@@ -5,12 +5,11 @@ from collections.abc import Mapping
 
 def launch_error(env: Mapping[str, str], size: int) -> str | None:
     """Why a world of `size` ranks cannot be what was launched, or None: n worlds of one rank overwrite each other."""
-    sizes = {
-        key: env[key] for key in ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "SLURM_NTASKS") if env.get(key, "").isdigit()
-    }
+    sizes = {key: env[key] for key in ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE") if env.get(key, "").isdigit()}
+    if not sizes and env.get("SLURM_NTASKS", "").isdigit():  # of the allocation, where mpirun has set its own beside it
+        sizes = {"SLURM_NTASKS": env["SLURM_NTASKS"]}
     wrong = {key: n for key, n in sizes.items() if int(n) != size}
-    # Inside an allocation mpirun sets its own size, and Slurm's speaks of the allocation.
-    if not wrong or (size > 1 and len(wrong) < len(sizes)):
+    if not wrong:
         return None
     key, n = next(iter(wrong.items()))
     return (

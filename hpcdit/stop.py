@@ -14,8 +14,8 @@ class StopRequest:
     _before: dict[signal.Signals, Any] = field(default_factory=dict)
 
     def __enter__(self) -> "StopRequest":
-        """From here on SIGTERM and SIGUSR1 (what Slurm sends before the time limit) are requests."""
-        for number in (signal.SIGTERM, signal.SIGUSR1):
+        """From here on SIGTERM, SIGUSR1 (what Slurm sends before the time limit) and Ctrl-C are requests."""
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             self._before[number] = signal.signal(number, self._note)
         return self
 
@@ -24,4 +24,6 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self.by:  # twice: at once
+            raise KeyboardInterrupt
         self.by = signal.Signals(number).name

@@ -101,6 +101,12 @@ def resume(config: Config, folder: ModelFolder, jobs: Sequence[Job]) -> tuple[tu
         }
         for name, record in found.items()
     }
+    for name, record in found.items():
+        if (theirs := record.model.get("dtype")) != config.model.dtype:
+            raise InputError(
+                f"model.dtype={config.model.dtype}: the finished {videos / name}.h5 was made in {theirs}; allowed:"
+                f" {theirs}, or another output.dir"
+            )
     done, todo = partition(jobs, keys)
     return todo, done
 
@@ -144,25 +150,26 @@ def _try_folder(there: Path) -> None:
 def output_folder(folder: Path) -> Iterator[Path]:
     """Makes the output folder and holds it for this run; gives the videos' folder. Raises InputError if it is held.
 
-    The lock is the kernel's: it goes with the process, however that ends. A folder that was made for a run which then
-    turns out to have bad input (a model that does not load, say) is removed again.
+    The lock is the kernel's: it goes with the process, however that ends. Where the run turns out to have bad input
+    (a model that does not load, say), what was made for it is removed again, but nothing that another run may use.
     """
-    videos, made = folder / "videos", None
-    for place in (videos, *videos.parents):
-        if os.path.lexists(place):
-            break
-        made = place
-    try:
-        videos.mkdir(parents=True, exist_ok=True)
-        with open(folder / LOCK, "w") as lock:
-            _hold(lock, folder)
-            for place in (folder, videos):
-                atomic.clean(place)
+    videos = folder / "videos"
+    made = [place for place in (videos, *videos.parents) if not os.path.lexists(place)]
+    fresh = [folder / name for name in FILES if not os.path.lexists(folder / name)]
+    videos.mkdir(parents=True, exist_ok=True)
+    with open(folder / LOCK, "w") as lock:
+        _hold(lock, folder)
+        for place in (folder, videos):
+            atomic.clean(place)
+        try:
             yield videos
-    except InputError:
-        if made is not None:
-            shutil.rmtree(made, ignore_errors=True)
-        raise
+        except InputError:
+            for file in fresh:
+                file.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # not empty: somebody else's
+                for place in made:
+                    place.rmdir()
+            raise
 
 
 def _hold(lock: IO[str], folder: Path) -> None:

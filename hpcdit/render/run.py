@@ -4,7 +4,7 @@ import gc
 import os
 import resource
 import sys
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ import torch
 from ..attention.schedule import Shape
 from ..cluster import Cluster
 from ..config import Config
-from ..errors import Stopped
+from ..errors import BrokenRun, Stopped
 from ..models import adapter_of
 from ..output.record import Row, VideoRecord
 from ..output.store import rebuild, software
@@ -47,10 +47,15 @@ def render(config: Config, cluster: Cluster, batch: Batch, stop: StopRequest) ->
         except Stopped as error:
             if report:
                 report.log.warning("%s", error)
-            raise
-        finally:
-            if report:
                 report.close()
+            raise
+        except BaseException:  # what went wrong first is what is told
+            if report:
+                with suppress(BrokenRun):
+                    report.close()
+            raise
+        if report:
+            report.close()
         peak = world.largest(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, "the end of the batch")
         code = OK
         if report:

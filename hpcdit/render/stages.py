@@ -1,5 +1,6 @@
 """The last two stages of a video, decode and write, beside the denoising of the next one."""
 
+import os
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -81,6 +82,8 @@ class Finisher:
     def _finish(self, video: Denoised) -> Result:
         job, done = video.job, Result(video.job.id, "done", 0.0)
         try:
+            if os.path.lexists(self._folder / f"{job.id}.h5"):
+                raise FileExistsError
             if not torch.isfinite(video.latents).all():
                 raise VideoError("the latents hold values that are not numbers")
             with self._trace.span("decode", "compute"):
@@ -88,7 +91,6 @@ class Finisher:
             check_picture(frames)
             self._write(video, frames)
         except VideoError as error:
-            self._trace.take()  # of a video that has no file
             done = replace(done, status="failed", reason=str(error))
         except FileExistsError:
             done = replace(done, status="failed", reason=f"{job.id}.h5 appeared while it was rendered; kept as it is")
@@ -96,6 +98,7 @@ class Finisher:
             where = self._folder / f"{job.id}.h5"
             why = f"{where} cannot be written: {error.strerror or error}"
             raise BrokenRun(f"{why}; finished videos are whole, the same command resumes") from error
+        self._trace.take()  # nothing is left, unless the video has no file
         return replace(done, seconds=time.perf_counter() - video.started)
 
     def _write(self, video: Denoised, frames: np.ndarray) -> None:

@@ -99,10 +99,11 @@ class MpiExchange(Exchange):
 
     def _poll(self) -> bool:
         """Makes progress; what arrived becomes readable for this node, and goes on to where it is wanted next."""
-        assert self._wire is not None
         if not self._lock.acquire(blocking=False):
             return True  # the other thread is at it
         try:
+            if self._wire is None:  # closed, and the service thread had not heard yet
+                return False
             for t, number in self._wire.poll():
                 self._memory.sync()
                 self._count[t.target.rank][t.target.block] = number
@@ -148,7 +149,8 @@ class MpiExchange(Exchange):
             if self._wire:
                 self._world.service.remove(self._poll)
                 with self._lock:
-                    self._wire.close()
+                    wire, self._wire = self._wire, None
+                    wire.close()
             self._bytes, self._count, self._tensors = {}, {}, {}
             self._counters.close()
             self._memory.close()

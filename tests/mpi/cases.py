@@ -40,6 +40,7 @@ def transports(comm: MPI.Comm) -> Any:
                         ring,
                         Shape(1, 61 - world.size, max(ulysses, 5), 6),
                         layers=5,
+                        pause_s=0.002,
                         seed=count,
                     )
                     worst = max(worst, *case.run(MpiTransport(nodes, wire)))

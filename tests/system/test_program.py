@@ -58,6 +58,8 @@ def test_a_run_leaves_videos_index_and_log_that_h5py_alone_reads(tmp_path: Path)
     again = run(2, *args, cwd=tmp_path)
     assert again.returncode == 0 and "2 were there" in again.stdout
     assert finished(tmp_path / "out") == before
+    half = run(2, *args, "model.dtype=bfloat16", cwd=tmp_path)
+    assert half.returncode == 2 and "model.dtype=bfloat16" in half.stderr and "float32" in half.stderr
     other = run(2, *args, "sampling.steps=3", cwd=tmp_path)
     assert other.returncode == 2 and other.stderr.count("\n") == 1
     assert "steps" in other.stderr and "3" in other.stderr and "2" in other.stderr and "first" in other.stderr

@@ -12,6 +12,7 @@ from hpcdit.cluster import launch_error
         ({"PMI_SIZE": "4"}, 4),
         ({"OMPI_COMM_WORLD_SIZE": "3", "SLURM_NTASKS": "3"}, 3),
         ({"PMI_SIZE": "2", "SLURM_NTASKS": "8"}, 2),  # mpirun -n 2 inside a larger allocation
+        ({"PMI_SIZE": "1", "SLURM_NTASKS": "8"}, 1),
         ({"SLURM_NTASKS": "1"}, 1),
         ({"SLURM_NTASKS": "many"}, 1),
     ],
