@@ -67,7 +67,7 @@ def run(main: Callable[[], int]) -> NoReturn:
     code = KILLED if END in asked else _exit_code(child, status, asked)
     # Also where a signal ended the work as it was asked to: a launcher does not notice a rank that never reached MPI.
     if _launched() and (code in (1, KILLED) or os.WIFSIGNALED(status)):
-        _end_run()
+        _end_run(code)
     sys.exit(code)
 
 
@@ -123,15 +123,15 @@ def _exit_code(child: int, status: int, asked: set[int]) -> int:
     return KILLED
 
 
-def _end_run() -> None:
-    """Has all other ranks end too."""
+def _end_run(code: int) -> None:
+    """Has all other ranks end too, and the launcher, where it has a say, with `code`."""
     _end_host()
     # MPICH's launcher leaves other hosts alone when a rank ends by itself, but does what MPI_Abort would ask it for.
     here, everywhere, launcher = (os.environ.get(name, "") for name in ("MPI_LOCALNRANKS", "PMI_SIZE", "PMI_FD"))
     if here.isdigit() and everywhere.isdigit() and int(everywhere) > int(here) and launcher.isdigit():
         time.sleep(SAYING_S)
         with contextlib.suppress(OSError):
-            os.write(int(launcher), b"cmd=abort exitcode=%d\n" % KILLED)
+            os.write(int(launcher), b"cmd=abort exitcode=%d\n" % code)
 
 
 def _end_host() -> None:

@@ -66,15 +66,18 @@ class Heartbeats:
 
         Raises PeerLost when a counter has stood still for `timeout_s`, or cannot be read any more.
         """
-        start = look = time.monotonic()
-        seen: dict[int, tuple[int, float]] = {peer: (-1, start) for peer in peers}
+        seen: dict[int, tuple[int, float]] = {peer: (-1, 0.0) for peer in peers}
+        last = time.monotonic() - CHECK_S
         while True:
-            if time.monotonic() >= look:
-                self._look(seen, what, timeout_s)
-                look = time.monotonic() + CHECK_S
+            passed = time.monotonic() - last
+            if passed >= CHECK_S:
+                last += passed
+                # When this process itself was paused (a suspended job or machine), the others may have been, too.
+                self._look(seen, min(passed, 2 * CHECK_S), what, timeout_s)
             yield
 
-    def _look(self, seen: dict[int, tuple[int, float]], what: str, timeout_s: float) -> None:
+    def _look(self, seen: dict[int, tuple[int, float]], passed: float, what: str, timeout_s: float) -> None:
+        """seen: each peer's counter, and for how many seconds it has stood still."""
         self._shared.Sync()
         for peer in seen:
             try:
@@ -82,9 +85,9 @@ class Heartbeats:
             except MPI.Exception as error:
                 reason = str(error).strip().splitlines()[-1].strip()  # the innermost of those that MPI gives
                 raise PeerLost(f"rank {peer} is gone while waiting for {what} ({reason}); {RESUME}") from error
-            if value != seen[peer][0]:
-                seen[peer] = value, time.monotonic()
-            silent = time.monotonic() - seen[peer][1]
+            before, silent = seen[peer]
+            silent = silent + passed if value == before else 0.0
+            seen[peer] = value, silent
             if silent > timeout_s:
                 raise PeerLost(
                     f"no sign of life from rank {peer} for {silent:.0f} s while waiting for {what}"

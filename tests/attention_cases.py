@@ -10,6 +10,7 @@ from hpcdit.attention.executor import Attention, Gather, Spans
 from hpcdit.attention.methods import schedule
 from hpcdit.attention.schedule import Shape
 from hpcdit.kernels import cpu
+from hpcdit.kernels.base import Kernels
 from hpcdit.mesh import cut
 from hpcdit.transport.base import Transport
 
@@ -43,10 +44,12 @@ class Case:
         q, k, v = (x.transpose(1, 2) for x in self.tensors(layer))
         return torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
-    def run(self, transport: Transport, dtype: torch.dtype = torch.float64) -> tuple[float, float]:
+    def run(
+        self, transport: Transport, dtype: torch.dtype = torch.float64, kernels: Kernels = cpu
+    ) -> tuple[float, float]:
         """A chain of layers on this rank; the largest errors of attention and of gathered tokens."""
         attention = Attention(
-            schedule(self.method, self.ulysses, self.ring), self.shape, transport, cpu, dtype, UNTIMED
+            schedule(self.method, self.ulysses, self.ring), self.shape, transport, kernels, dtype, UNTIMED
         )
         width = self.shape.heads * self.shape.dim
         gather = Gather(self.shape.batch, self.shape.length, width, transport, dtype, UNTIMED)

@@ -109,13 +109,16 @@ def test_an_exit_that_is_not_the_program_s_own_is_a_broken_run() -> None:
 @pytest.mark.parametrize(
     "act, here, told",
     [
-        ("os.kill(os.getpid(), 9)", 1, True),
-        ("os._exit(4)", 1, True),
-        ("os.kill(os.getpid(), 9)", 2, False),
-        ("return 3", 1, False),
+        ("os.kill(os.getpid(), 9)", 1, b"cmd=abort exitcode=4\n"),
+        ("os._exit(4)", 1, b"cmd=abort exitcode=4\n"),
+        ("os.kill(os.getppid(), 15); time.sleep(20)", 1, b"cmd=abort exitcode=75\n"),
+        ("os.kill(os.getpid(), 9)", 2, b""),
+        ("return 3", 1, b""),
     ],
 )
-def test_the_launcher_is_told_when_a_rank_breaks_and_others_are_on_other_hosts(act: str, here: int, told: bool) -> None:
+def test_the_launcher_is_told_when_a_rank_breaks_and_others_are_on_other_hosts(
+    act: str, here: int, told: bytes
+) -> None:
     read, write = os.pipe()
     where = {"PMI_RANK": "0", "PMI_SIZE": "2", "MPI_LOCALNRANKS": str(here), "PMI_FD": str(write)}
     subprocess.run(
@@ -123,7 +126,7 @@ def test_the_launcher_is_told_when_a_rank_breaks_and_others_are_on_other_hosts(a
     )
     os.close(write)
     with open(read, "rb") as said:
-        assert said.read() == (b"cmd=abort exitcode=4\n" if told else b"")
+        assert said.read() == told
 
 
 def test_mpi_that_neither_starts_nor_ends_is_given_up() -> None:

@@ -43,6 +43,13 @@ def test_who_answers_lives_and_who_stops_is_named_after_the_timeout(far: Heartbe
     assert TIMEOUT_S < time.monotonic() - start < TIMEOUT_S + 2
 
 
+def test_a_pause_of_the_one_that_waits_is_no_silence_of_the_other(far: Heartbeats) -> None:
+    watch = far.watch([0], "a piece", TIMEOUT_S)
+    next(watch)
+    time.sleep(2 * TIMEOUT_S)
+    next(watch)
+
+
 def test_questions_of_a_watch_that_was_given_up_are_still_answered(far: Heartbeats) -> None:
     look(far, 0.1, beating=False)
     assert not far.settled()
