@@ -28,6 +28,8 @@ class Case:
     layers: int = 3
     seed: int = 0
     pause_s: float = 0.0  # at most, before each layer, another for each rank
+    pieces: int = 0
+    groups: int = 1
 
     @property
     def ranks(self) -> int:
@@ -49,7 +51,12 @@ class Case:
     ) -> tuple[float, float]:
         """A chain of layers on this rank; the largest errors of attention and of gathered tokens."""
         attention = Attention(
-            schedule(self.method, self.ulysses, self.ring), self.shape, transport, kernels, dtype, UNTIMED
+            schedule(self.method, self.ulysses, self.ring, self.pieces, self.groups),
+            self.shape,
+            transport,
+            kernels,
+            dtype,
+            UNTIMED,
         )
         width = self.shape.heads * self.shape.dim
         gather = Gather(self.shape.batch, self.shape.length, width, transport, dtype, UNTIMED)

@@ -36,10 +36,16 @@ class Replay:
         self.placement, self.transport, self.spans = placement, transport, spans
         self.rank = transport.rank
         self.steps = placement.schedule.ranks[self.rank]
-        self.slot = placement.schedule.slot(self.rank)
         self.exchange: Exchange = transport.exchange(placement.pattern(dtype))
         self._set = 0
         self._open = False
+        # In publishing, slots that are wanted elsewhere go first, in the order in which their transfers should leave.
+        own, order = placement.schedule.own(self.rank), dict[int, int]()
+        for at, (source, _, piece) in enumerate(placement.crossings):
+            if source == self.rank and piece.tokens == self.rank:
+                order.setdefault(piece.heads, at)
+        slots = range(placement.schedule.slots)
+        self.slots = sorted(slots, key=lambda s: (s not in order, order.get(s, 0), s in own, s))
 
     def memory(self, rank: int) -> torch.Tensor:
         found = self.exchange.memory(rank, self._set)
@@ -52,14 +58,12 @@ class Replay:
     def publish(self, tensor: str, x: torch.Tensor) -> None:
         """Writes this rank's tokens of `tensor` into its blocks, one a head slot, and signals each.
 
-        x: [B, tokens, H, D]. Slots of other ranks go first, the next in the mesh before the ones after it.
+        x: [B, tokens, H, D].
         """
         if not self._open:
             self._set, self._open = self.exchange.begin(), True
-        slots = self.placement.schedule.slots
         rows = x.transpose(0, 1)
-        for i in range(1, slots + 1):
-            slot = (self.slot + i) % slots
+        for slot in self.slots:
             heads = self.placement.heads[slot]
             piece = Piece(tensor, self.rank, slot)
             block = self.view([piece], self.rank)
@@ -112,25 +116,25 @@ class Attention:
 
     def attend(self) -> torch.Tensor:
         """The attention output of this rank's tokens, all heads: [B, tokens, H, D]."""
-        partial: dict[int, Partial] = {}
+        partial: dict[tuple[int, int], Partial] = {}
         for step in self.replay.steps:
             match step:
                 case Pull():
                     self.replay.pull(step)
-                case Attend(q, kv):
-                    self._attend(q, kv, partial)
+                case Attend():
+                    self._attend(step, partial)
                 case Push(piece, _):
-                    self._push(piece, partial[piece.tokens][0])
-        rank, slot = self.replay.rank, self.replay.slot
-        self._push(Piece("o", rank, slot), partial[rank][0])
+                    self._push(piece, partial.pop((piece.tokens, piece.heads))[0])
+        for (rank, slot), (finished, _) in partial.items():
+            self._push(Piece("o", rank, slot), finished)
         out = self._collect()
         self.replay.finish()
         return out
 
-    def _operand(self, tensor: str, tokens: tuple[int, ...]) -> torch.Tensor:
+    def _operand(self, tensor: str, tokens: tuple[int, ...], slot: int) -> torch.Tensor:
         """The pieces of `tensor` as one tensor: a view where they lie together, in a peer's memory if only there."""
         replay = self.replay
-        pieces = [Piece(tensor, who, replay.slot) for who in tokens]
+        pieces = [Piece(tensor, who, slot) for who in tokens]
         if (view := replay.view(pieces, replay.rank)) is not None:
             return view
         parts = []
@@ -141,14 +145,15 @@ class Attention:
             parts.append(part)
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def _attend(self, q: tuple[int, ...], kv: tuple[int, ...], partial: dict[int, Partial]) -> None:
+    def _attend(self, step: Attend, partial: dict[tuple[int, int], Partial]) -> None:
         start = self.spans.start()
-        out, lse = self.kernels.attend(self._operand("q", q), self._operand("k", kv), self._operand("v", kv))
+        q, k, v = (self._operand(t, step.q if t == "q" else step.kv, step.heads) for t in "qkv")
+        out, lse = self.kernels.attend(q, k, v)
         at = 0
-        for who in q:
-            count = len(self.placement.tokens[who])
+        for who in step.q:
+            count, key = len(self.placement.tokens[who]), (who, step.heads)
             new = out[at : at + count], lse[at : at + count]
-            partial[who] = self.kernels.merge(*partial[who], *new) if who in partial else new
+            partial[key] = self.kernels.merge(*partial[key], *new) if key in partial else new
             at += count
         self.spans.end("attend", "compute", start)
 

@@ -6,60 +6,87 @@ second function is Torus Attention (TAS and Torus: StreamFusion / SwiftFusion, a
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from math import gcd
 
 from ..errors import InputError
-from ..mesh import Mesh
+from ..mesh import Mesh, cut
 from .schedule import Attend, Method, Piece, Pull, Push, Schedule, Shape, Step
 
 U, R = "ulysses", "ring"
 
 
-def product(mesh: Mesh, rank: int) -> list[Step]:
-    """Ulysses x Ring: q, k, v of the ulysses mates for this rank's heads, then each ring member's k, v in turn."""
-    u, r = mesh.coords(rank)[U], mesh.coords(rank)[R]
+def product(mesh: Mesh, rank: int, slots: range) -> list[Step]:
+    """Ulysses x Ring: q, k, v of the ulysses mates for this rank's heads, then each ring member's k, v in turn.
+
+    Head slots follow each other through each hop: while one is attended, the next is on its way (PipeDiT, HCMS: heads
+    in a pipeline; on a ring: a hop in parts that are forwarded as they arrive).
+    """
+    u, r, hops = mesh.coords(rank)[U], mesh.coords(rank)[R], mesh.extent(R)
 
     def mates(r: int) -> tuple[int, ...]:
         return tuple(mesh.rank(ulysses=u + i, ring=r) for i in range(mesh.extent(U)))
 
-    steps: list[Step] = [Pull(Piece(t, mate, u), mate) for t in "vkq" for mate in mates(r)[1:]]
-    for hop in range(mesh.extent(R)):
-        if hop:
-            neighbour = mesh.rank(ulysses=u, ring=r + 1)
-            steps += [Pull(Piece(t, who, u), neighbour) for who in mates(r + hop) for t in "vk"]
-        steps.append(Attend(mates(r), mates(r + hop)))
-    return steps + [Push(Piece("o", mate, u), mate) for mate in mates(r)[1:]]
+    steps: list[Step] = []
+    for hop in range(hops):
+        for s in slots:
+            if hop:
+                neighbour = mesh.rank(ulysses=u, ring=r + 1)
+                steps += [Pull(Piece(t, who, s), neighbour) for who in mates(r + hop) for t in "vk"]
+            else:
+                steps += [Pull(Piece(t, mate, s), mate) for t in "vkq" for mate in mates(r)[1:]]
+            steps.append(Attend(mates(r), mates(r + hop), s))
+            if hop == hops - 1:
+                steps += [Push(Piece("o", mate, s), mate) for mate in mates(r)[1:]]
+    return steps
 
 
-def torus(mesh: Mesh, rank: int) -> list[Step]:
-    """Torus Attention: own row first, then q as it arrives, then k and v as they arrive, own q last.
+def torus(mesh: Mesh, rank: int, slots: range, pieces: int = 0) -> list[Step]:
+    """Torus Attention: own row first; then each remote row's q, k, v as they arrive; o goes home as it is done.
 
-    A row is a ring (inside a node on the TAS mesh); `row(0)` is stationary: it needs no network.
+    A row is a ring (inside a node on the TAS mesh); `row(0)` is stationary: it needs no network. The remote rows come
+    in `pieces` pieces, 0 for one a row. Of each piece q comes before k and v: fewer bytes for the same work (the paper
+    brings all q first; with more than two rows that leaves the device idle when the network is slow).
     """
     u, r, rows = mesh.coords(rank)[U], mesh.coords(rank)[R], mesh.extent(U)
     mates = tuple(mesh.rank(ulysses=u + i, ring=r) for i in range(rows))
+    parts = [range(1 + part.start, 1 + part.stop) for part in cut(rows - 1, min(pieces or rows - 1, rows - 1))]
 
     def row(i: int) -> tuple[int, ...]:
         return tuple(mesh.rank(ulysses=u + i, ring=r + j) for j in range(mesh.extent(R)))
 
-    def from_ring(i: int) -> list[Step]:
+    def from_ring(i: int, s: int) -> list[Step]:
         return [
-            Pull(Piece(t, who, u), mesh.rank(ulysses=u, ring=r + j)) for j, who in enumerate(row(i)) if j for t in "vk"
+            Pull(Piece(t, who, s), mesh.rank(ulysses=u, ring=r + j)) for j, who in enumerate(row(i)) if j for t in "vk"
         ]
 
-    steps: list[Step] = [*from_ring(0), Attend(mates[:1], row(0))]
-    for mate in mates[1:]:
-        steps += [Pull(Piece("q", mate, u), mate), Attend((mate,), row(0))]
-    for i in range(1, rows):
-        steps += [Pull(Piece(t, mates[i], u), mates[i]) for t in "vk"] + from_ring(i)
-        if i < rows - 1:
-            steps.append(Attend(mates, row(i)))
-    for mate in mates[1:]:
-        steps += [Attend((mate,), row(rows - 1)), Push(Piece("o", mate, u), mate)]
-    return steps + ([Attend(mates[:1], row(rows - 1))] if rows > 1 else [])
+    steps: list[Step] = []
+    for s in slots:  # work for all the time until something arrives
+        steps += [*from_ring(0, s), Attend(mates[:1], row(0), s)]
+    for s in slots:
+        queries, keys, done = [mates[:1]], row(0), mates[:1]
+        for part in parts:
+            fresh, last = tuple(mates[i] for i in part), part == parts[-1]
+            steps += [Pull(Piece("q", mate, s), mate) for mate in fresh]
+            if not last:
+                steps.append(Attend(fresh, keys, s))
+            for i in part:
+                steps += [Pull(Piece(t, mates[i], s), mates[i]) for t in "vk"] + from_ring(i, s)
+            new = tuple(who for i in part for who in row(i))
+            if not last:
+                done += fresh
+                steps.append(Attend(done, new, s))
+            else:  # each o leaves as soon as it is finished; the own one, which stays, is finished meanwhile
+                finished = [(fresh, keys + new), *((some, new) for some in queries[1:])]
+                for some, against in finished:
+                    steps += [Attend(some, against, s), *(Push(Piece("o", mate, s), mate) for mate in some)]
+                steps.append(Attend(mates[:1], new, s))
+            queries, keys = [*queries, fresh], keys + new
+    return steps
 
 
-def gather(mesh: Mesh, rank: int) -> list[Step]:
+def gather(mesh: Mesh, rank: int, slots: range) -> list[Step]:
     """Every rank's tokens on every rank: what a transformer's last layer needs, as pulls alone."""
     others = [(rank + i) % mesh.size for i in range(1, mesh.size)]
     return [Pull(Piece("x", other, 0), other) for other in others]
@@ -107,11 +134,35 @@ def degrees(
     return found
 
 
-def schedule(method: str, ulysses: int, ring: int) -> Schedule:
-    """The schedule of `method` on `ulysses * ring` ranks."""
-    function, order = METHODS[method]
-    extents = {U: ulysses, R: ring}
-    return Schedule.of(method, function, Mesh(*((axis, extents[axis]) for axis in order)))
+@dataclass(frozen=True, order=True)
+class Layout:
+    """A method, its degrees, and how it is cut.
+
+    pieces: torus only, into how many pieces the remote rows are cut; 0: one a row. groups: into how many groups the
+    heads of a rank are cut, which are exchanged and attended one after the other.
+    """
+
+    method: str
+    ulysses: int
+    ring: int
+    pieces: int = 0
+    groups: int = 1
+
+    def schedule(self) -> Schedule:
+        function, order = METHODS[self.method]
+        extents = {U: self.ulysses, R: self.ring}
+        mesh = Mesh(*((axis, extents[axis]) for axis in order))
+        cut_up = partial(function, pieces=self.pieces) if function is torus else function
+        return Schedule.of(str(self), cut_up, mesh, self.groups)
+
+    def __str__(self) -> str:
+        cuts = [f"{self.pieces} pieces"] * bool(self.pieces) + [f"{self.groups} groups"] * (self.groups > 1)
+        return ", ".join([f"{self.method} {self.ulysses} x {self.ring}", *cuts])
+
+
+def schedule(method: str, ulysses: int, ring: int, pieces: int = 0, groups: int = 1) -> Schedule:
+    """The schedule of `method` on `ulysses * ring` ranks, see Layout."""
+    return Layout(method, ulysses, ring, pieces, groups).schedule()
 
 
 def inter_elements(method: str, shape: Shape, nodes: int) -> float | None:

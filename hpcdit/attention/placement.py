@@ -31,7 +31,7 @@ class Placement:
 
     @cached_property
     def heads(self) -> tuple[range, ...]:
-        return cut(self.shape.heads, self.schedule.slots)
+        return self.schedule.heads(self.shape.heads)
 
     def dims(self, piece: Piece) -> tuple[int, int, int, int]:
         """The shape of a piece: [tokens, batch, heads, dim]."""
@@ -53,26 +53,20 @@ class Placement:
 
     def runs(self, rank: int) -> list[list[Piece]]:
         """This rank's blocks, as runs of pieces that lie one after the other."""
-        steps, slot = self.schedule.ranks[rank], self.schedule.slot(rank)
+        steps, own = self.schedule.ranks[rank], self.schedule.own(rank)
         pulled = [step.piece for step in steps if isinstance(step, Pull)]
         attends = [step for step in steps if isinstance(step, Attend)]
-        used = [Piece("q", q, slot) for step in attends for q in step.q]
-        used += [Piece(t, kv, slot) for t in "kv" for step in attends for kv in step.kv]
-        together = {Piece("q", q, slot) for step in attends if len(step.q) > 1 for q in step.q}
-        together |= {Piece(t, kv, slot) for t in "kv" for step in attends if len(step.kv) > 1 for kv in step.kv}
-        stored = {
-            piece for piece in pulled if piece in together or piece.tensor == "x" or self.holder(piece, rank) == rank
-        }
-        tensors = "qkv" if attends else "x"
-        ordered = list(dict.fromkeys([*used, *(Piece("x", rank, 0) for _ in range(not attends)), *pulled]))
-        runs = [[p for p in ordered if p.tensor == t and (p in stored or p.tokens == rank)] for t in tensors]
-        if attends:
-            others = [s for s in range(self.schedule.slots) if s != slot]
-            runs += [[Piece(t, rank, s)] for t in "qkv" for s in others]
-            runs += [[Piece("o", rank, s)] for s in range(self.schedule.slots)]
-            pushed = [s.piece for s in steps if isinstance(s, Push) and self.nodes[s.home] != self.nodes[rank]]
-            runs += [[piece] for piece in pushed]
-        return runs
+        if not attends:
+            return [list(dict.fromkeys([Piece("x", rank, 0), *pulled]))]
+        used = {slot: _used([step for step in attends if step.heads == slot]) for slot in own}
+        together = {p for slot in own for p in _used([s for s in attends if s.heads == slot], least=2)}
+        stored = {p for p in pulled if p in together or self.holder(p, rank) == rank}
+        stored |= {Piece(t, rank, slot) for t in "qkv" for slot in own}
+        runs = [[p for p in used[slot] if p.tensor == t and p in stored] for slot in own for t in "qkv"]
+        runs += [[Piece(t, rank, s)] for t in "qkv" for s in range(self.schedule.slots) if s not in own]
+        runs += [[Piece("o", rank, s)] for s in range(self.schedule.slots)]
+        pushed = [s.piece for s in steps if isinstance(s, Push) and self.nodes[s.home] != self.nodes[rank]]
+        return runs + [[piece] for piece in pushed]
 
     @cached_property
     def blocks(self) -> tuple[dict[Piece, tuple[int, int]], ...]:
@@ -91,9 +85,14 @@ class Placement:
     def place(self, piece: Piece, rank: int) -> Place:
         return Place(rank, self.blocks[rank][piece][0])
 
+    @cached_property
+    def crossings(self) -> list[tuple[int, int, Piece]]:
+        """(from, to, piece) of the pieces that cross nodes, in the order in which they should leave."""
+        return self.schedule.crossings(self.nodes)
+
     def transfers(self) -> Iterable[Transfer]:
-        """The pieces that cross nodes."""
-        for source, target, piece in self.schedule.crossings(self.nodes):
+        """The pieces that cross nodes, in the same order."""
+        for source, target, piece in self.crossings:
             yield Transfer(self.place(piece, source), self.place(piece, target))
 
     def pattern(self, dtype: torch.dtype) -> Pattern:
@@ -112,4 +111,12 @@ class Placement:
             if piece not in self.blocks[rank] or self.blocks[rank][piece][1] != end:
                 return None
             end += self.count(piece)
-        return memory[start:end].view(-1, *self.dims(pieces[0])[1:])
+        rows = sum(len(self.tokens[piece.tokens]) for piece in pieces)
+        return memory[start:end].view(rows, *self.dims(pieces[0])[1:])
+
+
+def _used(attends: Sequence[Attend], least: int = 1) -> list[Piece]:
+    """The pieces that `attends` use, in the order of their first use; of each operand of at least so many pieces."""
+    used = [Piece("q", q, step.heads) for step in attends if len(step.q) >= least for q in step.q]
+    used += [Piece(t, kv, s.heads) for t in "kv" for s in attends if len(s.kv) >= least for kv in s.kv]
+    return list(dict.fromkeys(used))

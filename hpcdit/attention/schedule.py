@@ -8,13 +8,19 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any, TypeVar
 
 from ..mesh import Mesh, cut
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, order=True)
 class Piece:
-    """A part of a tensor: the tokens of rank `tokens`, the heads of slot `heads` (heads are cut into ulysses slots)."""
+    """A part of a tensor: the tokens of rank `tokens`, the heads of slot `heads`.
+
+    Heads are cut into ulysses x groups slots; rank coordinate u has slots u * groups .. (u + 1) * groups - 1.
+    """
 
     tensor: str  # q, k, v, o; x for a tensor that is only gathered
     tokens: int
@@ -34,10 +40,11 @@ class Pull:
 
 @dataclass(frozen=True)
 class Attend:
-    """Attends the q pieces to the kv pieces, all of this rank's head slot, and merges into the partial results."""
+    """Attends the q pieces to the kv pieces, all of the head slot `heads`, and merges into the partial results."""
 
     q: tuple[int, ...]
     kv: tuple[int, ...]
+    heads: int = 0
 
 
 @dataclass(frozen=True)
@@ -49,7 +56,7 @@ class Push:
 
 
 Step = Pull | Attend | Push
-Method = Callable[[Mesh, int], list[Step]]
+Method = Callable[[Mesh, int, range], list[Step]]  # mesh, rank, and the head slots that this rank computes
 
 
 class ScheduleError(Exception):
@@ -66,49 +73,93 @@ class Shape:
     dim: int
 
 
-@dataclass(frozen=True)
+class Lazy(Sequence[T]):
+    """`make(rank)` for each rank, made when it is first asked for: a plan for thousands of ranks looks at a few."""
+
+    def __init__(self, make: Callable[[int], T], count: int) -> None:
+        self._make, self._count, self._made = make, count, dict[int, T]()
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, rank: Any) -> Any:
+        if not 0 <= rank < self._count:
+            raise IndexError(rank)
+        if rank not in self._made:
+            self._made[rank] = self._make(rank)
+        return self._made[rank]
+
+
+@dataclass(frozen=True, eq=False)
 class Schedule:
-    """All ranks' steps of one layer on `mesh`; the tokens are cut over ranks, the heads over ulysses slots."""
+    """All ranks' steps of one layer on `mesh`; the tokens are cut over ranks, the heads over ulysses x groups slots."""
 
     name: str
     mesh: Mesh
-    ranks: tuple[tuple[Step, ...], ...]
+    ranks: Sequence[tuple[Step, ...]]
+    groups: int = 1
 
     @classmethod
-    def of(cls, name: str, method: Method, mesh: Mesh) -> "Schedule":
-        return cls(name, mesh, tuple(tuple(method(mesh, rank)) for rank in range(mesh.size)))
+    def of(cls, name: str, method: Method, mesh: Mesh, groups: int = 1) -> "Schedule":
+        def steps(rank: int) -> tuple[Step, ...]:
+            return tuple(method(mesh, rank, own_slots(mesh, rank, groups)))
+
+        return cls(name, mesh, Lazy(steps, mesh.size), groups)
 
     @property
     def slots(self) -> int:
         """Into how many slots the heads are cut."""
-        return self.mesh.extent("ulysses")
+        return self.mesh.extent("ulysses") * self.groups
 
-    def slot(self, rank: int) -> int:
-        """The head slot that `rank` computes."""
-        return self.mesh.coords(rank)["ulysses"] if self.slots > 1 else 0
+    def own(self, rank: int) -> range:
+        """The head slots that `rank` computes."""
+        return own_slots(self.mesh, rank, self.groups)
+
+    def heads(self, count: int) -> tuple[range, ...]:
+        """The heads of each slot: `count` heads cut over the ulysses axis first, each part into its groups."""
+        parts = cut(count, self.mesh.extent("ulysses"))
+        return tuple(part[g.start : g.stop] for part in parts for g in cut(len(part), self.groups))
 
     @cached_property
-    def sources(self) -> tuple[dict[Piece, int], ...]:
+    def sources(self) -> Sequence[dict[Piece, int]]:
         """For every rank: the source of each piece it pulls."""
-        return tuple({step.piece: step.source for step in steps if isinstance(step, Pull)} for steps in self.ranks)
+
+        def of(rank: int) -> dict[Piece, int]:
+            return {step.piece: step.source for step in self.ranks[rank] if isinstance(step, Pull)}
+
+        return Lazy(of, self.mesh.size)
 
     def holder(self, piece: Piece, reader: int, nodes: Sequence[int]) -> int:
         """The rank in whose memory `reader` finds `piece`: read in place inside a node, else brought over."""
-        if piece.tokens == reader:
-            return reader
-        holder = self.holder(piece, self.sources[reader][piece], nodes)
-        return holder if nodes[holder] == nodes[reader] else reader
+        chain = [reader]
+        while chain[-1] != piece.tokens:
+            chain.append(self.sources[chain[-1]][piece])
+        holder = chain[-1]
+        for rank in reversed(chain):
+            if nodes[rank] != nodes[holder]:
+                holder = rank
+        return holder
 
     def crossings(self, nodes: Sequence[int]) -> list[tuple[int, int, Piece]]:
-        """Every (from, to, piece) that crosses nodes, pulls and pushes alike."""
-        found = []
+        """Every (from, to, piece) that crosses nodes, in the order in which they should leave.
+
+        What is pulled goes first, in the order in which its reader wants it; o goes when nothing else waits, since
+        whoever still lacks q, k or v cannot compute, while o is wanted at the end only.
+        """
+        pulls, pushes = [], []
         for rank, steps in enumerate(self.ranks):
-            for step in steps:
+            for at, step in enumerate(steps):
                 if isinstance(step, Push) and nodes[step.home] != nodes[rank]:
-                    found.append((rank, step.home, step.piece))
+                    pushes.append((at, rank, step.home, step.piece))
                 if isinstance(step, Pull) and self.holder(step.piece, rank, nodes) == rank:
-                    found.append((self.holder(step.piece, step.source, nodes), rank, step.piece))
-        return found
+                    pulls.append((at, self.holder(step.piece, step.source, nodes), rank, step.piece))
+        return [found[1:] for found in (*sorted(pulls), *sorted(pushes))]
+
+
+def own_slots(mesh: Mesh, rank: int, groups: int) -> range:
+    """The head slots that `rank` computes, of all ulysses x groups."""
+    u = mesh.coords(rank).get("ulysses", 0)
+    return range(u * groups, (u + 1) * groups)
 
 
 def traffic(schedule: Schedule, shape: Shape, nodes: Sequence[int]) -> dict[str, int]:
@@ -116,7 +167,7 @@ def traffic(schedule: Schedule, shape: Shape, nodes: Sequence[int]) -> dict[str,
 
     nodes: the node of each rank.
     """
-    tokens, slots = cut(shape.length, schedule.mesh.size), cut(shape.heads, schedule.slots)
+    tokens, slots = cut(shape.length, schedule.mesh.size), schedule.heads(shape.heads)
 
     def size(piece: Piece) -> int:
         return shape.batch * len(tokens[piece.tokens]) * len(slots[piece.heads]) * shape.dim
@@ -147,10 +198,10 @@ def check(schedule: Schedule, nodes: Sequence[int] | None = None) -> None:
 
 
 def _check_rank(schedule: Schedule, rank: int, steps: Sequence[Step]) -> None:
-    size, slot = schedule.mesh.size, schedule.slot(rank)
-    have = {Piece(t, rank, slot) for t in "qkv"}
+    size, own = schedule.mesh.size, schedule.own(rank)
+    have = {Piece(t, rank, slot) for t in "qkv" for slot in own}
     used: set[Piece] = {piece for source in schedule.sources for piece, who in source.items() if who == rank}
-    met: dict[int, set[int]] = defaultdict(set)
+    met: dict[tuple[int, int], set[int]] = defaultdict(set)
     for n, step in enumerate(steps):
 
         def wrong(why: str, n: int = n, step: Step = step) -> ScheduleError:
@@ -165,24 +216,26 @@ def _check_rank(schedule: Schedule, rank: int, steps: Sequence[Step]) -> None:
                 if source != piece.tokens and piece not in schedule.sources[source]:
                     raise wrong(f"rank {source} never has this piece")
                 have.add(piece)
-            case Attend(qs, kvs):
+            case Attend(qs, kvs, slot):
+                if slot not in own:
+                    raise wrong("these heads are another rank's")
                 needs = {Piece("q", q, slot) for q in qs} | {Piece(t, kv, slot) for kv in kvs for t in "kv"}
                 if needs - have:
                     raise wrong(f"{min(needs - have)} is not there yet")
                 used |= needs
                 for q in qs:
-                    if met[q] & set(kvs) or len(set(kvs)) < len(kvs):
+                    if met[q, slot] & set(kvs) or len(set(kvs)) < len(kvs):
                         raise wrong(f"q of rank {q} meets keys twice")
-                    met[q] |= set(kvs)
+                    met[q, slot] |= set(kvs)
             case Push(piece, home):
-                if (piece.tensor, piece.tokens, piece.heads) != ("o", home, slot) or home == rank:
-                    raise wrong("only this slot's o of another rank's tokens goes to that rank")
-                if len(met[home]) != size:
+                if (piece.tensor, piece.tokens) != ("o", home) or home == rank or piece.heads not in own:
+                    raise wrong("only o of another rank's tokens goes to that rank, of heads that are computed here")
+                if len(met[home, piece.heads]) != size:
                     raise wrong("not finished: it has not met every key")
                 if piece in have:
                     raise wrong("pushed twice")
                 have.add(piece)
-    for q, keys in met.items():
+    for (q, _), keys in met.items():
         if len(keys) != size:
             raise ScheduleError(f"rank {rank}: q of rank {q} meets {len(keys)} of {size} key chunks")
     pulled = {piece for piece in have if piece.tensor != "o" and piece.tokens != rank}
@@ -194,13 +247,12 @@ def _check_complete(schedule: Schedule) -> None:
     """Every q of every slot is attended by one rank, and its o is at home at the end."""
     made: dict[Piece, int] = {}
     for rank, steps in enumerate(schedule.ranks):
-        slot, pushed = schedule.slot(rank), {step.piece for step in steps if isinstance(step, Push)}
-        for q in {q for step in steps if isinstance(step, Attend) for q in step.q}:
-            piece = Piece("o", q, slot)
+        pushed = {step.piece for step in steps if isinstance(step, Push)}
+        for piece in {Piece("o", q, step.heads) for step in steps if isinstance(step, Attend) for q in step.q}:
             if piece in made:
                 raise ScheduleError(f"{piece} is made by rank {made[piece]} and by rank {rank}")
             made[piece] = rank
-            if q != rank and piece not in pushed:
+            if piece.tokens != rank and piece not in pushed:
                 raise ScheduleError(f"rank {rank}: {piece} never goes home")
     for tokens in range(schedule.mesh.size):
         for slot in range(schedule.slots):

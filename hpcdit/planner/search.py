@@ -75,9 +75,9 @@ def price(method: str, ulysses: int, ring: int, shape: Shape, nodes: Sequence[in
     """Counts what `method` on ulysses x ring ranks costs."""
     layout = schedule(method, ulysses, ring)
     moved = traffic(layout, shape, nodes)
-    tokens, slots = cut(shape.length, len(nodes)), cut(shape.heads, ulysses)
+    tokens, slots = cut(shape.length, len(nodes)), layout.heads(shape.heads)
     work = [
-        len(slots[layout.slot(rank)])
+        len(slots[layout.own(rank)[0]])
         * sum(len(tokens[q]) * len(tokens[kv]) for s in steps if isinstance(s, Attend) for q in s.q for kv in s.kv)
         for rank, steps in enumerate(layout.ranks)
     ]

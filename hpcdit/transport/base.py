@@ -34,7 +34,8 @@ class Pattern:
     """One layer's memory and transfers, the same object on all ranks.
 
     spans: for each rank, (offset, count) in elements of each of its blocks.
-    transfers: those of the blocks that cross nodes; every other reader reads in place.
+    transfers: those of the blocks that cross nodes; every other reader reads in place. Where several wait to leave a
+        rank, or to be fetched by one, the first of this list goes first.
     names: what a block holds, for messages, by rank and block.
     """
 

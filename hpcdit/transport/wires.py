@@ -1,17 +1,56 @@
 """Symmetric memory in MPI windows, and the two ways in which blocks travel between nodes."""
 
+import heapq
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 
 import numpy as np
 from mpi4py import MPI
 
-from ..cluster import Cluster, World
+from ..cluster import Cluster, Group
 from ..heartbeats import array
 from .base import Exchange, Pattern, Place, Transfer
 
+# How much a rank has under way: enough to keep a network busy, and no more, since what is under way shares it, and what
+# is needed first should be there first.
+WINDOW = 2  # transfers at least
+WINDOW_BYTES = 1 << 18  # or as many as have so many bytes together
 
-def one_sided(world: World) -> bool:
+
+class Window:
+    """Transfers that wait for their turn, the first in the pattern's order first; `start` is called when it comes."""
+
+    def __init__(self, pattern: Pattern, start: Callable[[int, Transfer, int, int], MPI.Request]) -> None:
+        self._pattern, self._start = pattern, start
+        self._waiting: list[tuple[int, Transfer, int, int]] = []
+        self._under_way: list[tuple[MPI.Request, Transfer, int]] = []
+
+    def __bool__(self) -> bool:
+        return bool(self._waiting or self._under_way)
+
+    def add(self, number: int, transfer: Transfer, which: int, round_: int) -> None:
+        """number: the transfer's, in the pattern."""
+        heapq.heappush(self._waiting, (number, transfer, which, round_))
+        self._fill()
+
+    def poll(self) -> list[tuple[Transfer, int]]:
+        """(transfer, round) of those that have ended since the last poll."""
+        ended, still = [], []
+        for entry in self._under_way:
+            (ended if entry[0].Test() else still).append(entry)
+        self._under_way = still
+        self._fill()
+        return [(transfer, round_) for _, transfer, round_ in ended]
+
+    def _fill(self) -> None:
+        size = sum(self._pattern.nbytes(transfer.source) for _, transfer, _ in self._under_way)
+        while self._waiting and (len(self._under_way) < WINDOW or size < WINDOW_BYTES):
+            number, transfer, which, round_ = heapq.heappop(self._waiting)
+            self._under_way.append((self._start(number, transfer, which, round_), transfer, round_))
+            size += self._pattern.nbytes(transfer.source)
+
+
+def one_sided(world: Group) -> bool:
     """Whether this MPI makes windows between these hosts: Open MPI 4 does it with UCX alone. Collective."""
     missing = False
     with world.blocking("a window"):
@@ -86,20 +125,25 @@ class PersistentWire(Wire):
     def __init__(self, pattern: Pattern, comm: MPI.Comm, buffers: Callable[[Place, int], np.ndarray]) -> None:
         self._requests: dict[tuple[Transfer, int], MPI.Prequest] = {}
         self._inward = [t for t in pattern.transfers if t.target.rank == comm.rank]
-        self._outward = [t for t in pattern.transfers if t.source.rank == comm.rank]
+        self._number_of = {t: n for n, t in enumerate(pattern.transfers) if t.source.rank == comm.rank}
         self._comm = comm.Dup()  # tags of this exchange meet no others
         for number, t in enumerate(pattern.transfers):
             for which in range(Exchange.SETS):
                 tag = number * Exchange.SETS + which
-                if t in self._inward:
+                if t.target.rank == comm.rank:
                     request = self._comm.Recv_init(buffers(t.target, which), t.source.rank, tag)
-                elif t in self._outward:
+                elif t.source.rank == comm.rank:
                     request = self._comm.Send_init(buffers(t.source, which), t.target.rank, tag)
                 else:
                     continue
                 self._requests[t, which] = request
         self._receiving: dict[Transfer, tuple[MPI.Request, int]] = {}
-        self._sending: list[MPI.Request] = []
+        self._sending = Window(pattern, self._send)
+
+    def _send(self, number: int, transfer: Transfer, which: int, round_: int) -> MPI.Request:
+        request = self._requests[transfer, which]
+        request.Start()
+        return request
 
     def begin(self, which: int, number: int) -> None:
         for t in self._inward:
@@ -108,12 +152,10 @@ class PersistentWire(Wire):
             self._receiving[t] = request, number
 
     def start(self, transfer: Transfer, which: int, number: int) -> None:
-        request = self._requests[transfer, which]
-        request.Start()
-        self._sending.append(request)
+        self._sending.add(self._number_of[transfer], transfer, which, number)
 
     def poll(self) -> list[tuple[Transfer, int]]:
-        self._sending = [request for request in self._sending if not request.Test()]
+        self._sending.poll()
         arrived = [(t, number) for t, (request, number) in self._receiving.items() if request.Test()]
         for t, _ in arrived:
             del self._receiving[t]
@@ -135,7 +177,7 @@ class RmaWire(Wire):
     """The owner flags a written block in the reader's memory; the reader gets it. Nothing is matched at run time."""
 
     def __init__(
-        self, pattern: Pattern, world: World, memory: Memory, offsets: Callable[[Place, int], int],
+        self, pattern: Pattern, world: Group, memory: Memory, offsets: Callable[[Place, int], int],
         buffers: Callable[[Place, int], np.ndarray], flags: Memory,
     ) -> None:  # fmt: skip
         self._window, self._flags, self._offsets, self._buffers = memory.window, flags, offsets, buffers
@@ -146,7 +188,7 @@ class RmaWire(Wire):
         self._flag = mine.view(np.int64)
         self._flag[:] = 0
         self._expected: dict[int, tuple[Transfer, int, int]] = {}
-        self._getting: list[tuple[MPI.Request, Transfer, int]] = []
+        self._getting = Window(pattern, self._get)
         self._flagging: list[tuple[MPI.Request, np.ndarray, np.ndarray]] = []
 
     def begin(self, which: int, number: int) -> None:
@@ -165,14 +207,15 @@ class RmaWire(Wire):
         self._flags.sync()
         for n, (t, which, number) in list(self._expected.items()):
             if self._flag[n] >= number:
-                into = self._buffers(t.target, which)
-                at = [self._offsets(t.source, which), into.nbytes, MPI.BYTE]
-                self._getting.append((self._window.Rget(into, t.source.rank, at), t, number))
+                self._getting.add(n, t, which, number)
                 del self._expected[n]
-        arrived = [(t, number) for request, t, number in self._getting if request.Test()]
-        done = {t for t, _ in arrived}
-        self._getting = [entry for entry in self._getting if entry[1] not in done]
-        return arrived
+        return self._getting.poll()
+
+    def _get(self, number: int, transfer: Transfer, which: int, round_: int) -> MPI.Request:
+        into = self._buffers(transfer.target, which)
+        return self._window.Rget(
+            into, transfer.source.rank, [self._offsets(transfer.source, which), into.nbytes, MPI.BYTE]
+        )
 
     def leaving(self) -> bool:
         # A reader's get may come later: two buffer sets keep the block until then. Only the flags must be out.

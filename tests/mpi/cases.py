@@ -42,6 +42,8 @@ def transports(comm: MPI.Comm) -> Any:
                         layers=5,
                         pause_s=0.002,
                         seed=count,
+                        pieces=count % 2,
+                        groups=1 + count % 3,
                     )
                     worst = max(worst, *case.run(MpiTransport(nodes, wire)))
                     count += 1

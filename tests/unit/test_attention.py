@@ -33,7 +33,9 @@ def problems(draw: st.DrawFn) -> tuple[Case, tuple[int, ...]]:
         draw(st.integers(1, 9)),
     )
     nodes = tuple(rank // per_node for rank in range(ranks))
-    return Case(method, ulysses, ranks // ulysses, shape, seed=draw(st.integers(0, 99))), nodes
+    pieces, groups = draw(st.integers(0, 3)), draw(st.integers(1, 4))
+    seed = draw(st.integers(0, 99))
+    return Case(method, ulysses, ranks // ulysses, shape, seed=seed, pieces=pieces, groups=groups), nodes
 
 
 @settings(max_examples=300, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
@@ -90,13 +92,17 @@ def test_lower_precisions_stay_within_their_rounding(method: str, dtype: torch.d
 
 
 @pytest.mark.parametrize("nodes, per_node", [(2, 1), (2, 2), (3, 2), (4, 2), (3, 3)])
+@pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("method", sorted(METHODS))
-def test_bytes_that_cross_nodes_equal_the_formula(method: str, nodes: int, per_node: int) -> None:
+def test_bytes_that_cross_nodes_equal_the_formula(method: str, groups: int, nodes: int, per_node: int) -> None:
     ranks = nodes * per_node
     degrees = {"ulysses": (ranks, 1), "ring": (1, ranks), "usp": (per_node, nodes)}.get(method, (nodes, per_node))
     shape, layers = Shape(1, 2 * ranks, 2 * ranks, 4), 2
-    case, node_of = Case(method, *degrees, shape, layers), tuple(rank // per_node for rank in range(ranks))
-    counted = traffic(schedule(method, *degrees), shape, node_of)
+    case, node_of = (
+        Case(method, *degrees, shape, layers, groups=groups),
+        tuple(rank // per_node for rank in range(ranks)),
+    )
+    counted = traffic(schedule(method, *degrees, groups=groups), shape, node_of)
 
     def bytes_sent(transport: LocalTransport) -> int:
         case.run(transport)

@@ -19,7 +19,8 @@ def layouts(draw: st.DrawFn, least: int = 1) -> tuple[Schedule, tuple[int, ...]]
     divisors = [d for d in range(1, ranks + 1) if ranks % d == 0]
     ulysses = {"ulysses": ranks, "ring": 1}.get(method) or draw(st.sampled_from(divisors))
     per_node = draw(st.integers(1, ranks))
-    return schedule(method, ulysses, ranks // ulysses), tuple(rank // per_node for rank in range(ranks))
+    whole = schedule(method, ulysses, ranks // ulysses, draw(st.integers(0, 3)), draw(st.integers(1, 3)))
+    return whole, tuple(rank // per_node for rank in range(ranks))
 
 
 def with_steps(whole: Schedule, rank: int, steps: list[Step]) -> Schedule:
@@ -58,7 +59,7 @@ def test_a_step_doubled_is_noticed(layout: tuple[Schedule, tuple[int, ...]], dat
 def uses(step: Step, piece: Piece) -> bool:
     """Whether `step` needs `piece` to have been pulled, or to be finished."""
     if isinstance(step, Attend):
-        return piece.tokens in (step.q if piece.tensor == "q" else step.kv)
+        return piece.heads == step.heads and piece.tokens in (step.q if piece.tensor == "q" else step.kv)
     return False
 
 
@@ -76,7 +77,8 @@ def test_a_step_used_before_it_is_made_is_noticed(
         if isinstance(step, Pull):
             movable += [(at, to) for to, later in enumerate(steps) if to > at and uses(later, step.piece)][:1]
         elif isinstance(step, Push):
-            made = [to for to, s in enumerate(steps[:at]) if isinstance(s, Attend) and step.home in s.q]
+            heads, before = step.piece.heads, enumerate(steps[:at])
+            made = [to for to, s in before if isinstance(s, Attend) and step.home in s.q and s.heads == heads]
             movable += [(at, made[-1])]
     at, to = data.draw(st.sampled_from(movable))
     steps.insert(to, steps.pop(at))
@@ -97,8 +99,10 @@ def test_a_step_of_another_rank_or_piece_is_noticed(
     match steps[at]:
         case Pull(piece, source):
             changed: Step = Pull(replace(piece, tokens=other), source)
-        case Attend(q, kv):
-            changed = data.draw(st.sampled_from([Attend((other, *q[1:]), kv), Attend(q, (other, *kv[1:]))]))
+        case Attend(q, kv, heads):
+            slot = data.draw(st.integers(0, whole.slots - 1))
+            wrong = [Attend((other, *q[1:]), kv, heads), Attend(q, (other, *kv[1:]), heads), Attend(q, kv, slot)]
+            changed = data.draw(st.sampled_from(wrong))
         case Push(piece, home):
             changed = data.draw(st.sampled_from([Push(piece, other), Push(replace(piece, tokens=other), home)]))
     if changed == steps[at]:
