@@ -1,0 +1,309 @@
+"""Runs all ranks' schedules of one attention layer on a cost model: an event simulation.
+
+A rank computes one step after the other; what leaves it goes in the schedule's order, a few transfers at a time, and
+all that leaves or enters a node shares that node's link. Ranks that a shift of the mesh maps onto each other, nodes
+and all, do the same at the same time: of each class only one is simulated.
+"""
+
+import heapq
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import inf, lcm
+from typing import NamedTuple
+
+from ..attention.schedule import Attend, Piece, Pull, Push, Schedule, Shape, Step
+from ..mesh import cut
+from .costs import Costs
+
+UNDER_WAY = 2  # transfers that a rank has under way at once, as transport.wires does
+EVERY_RANK = 64  # up to so many ranks of uneven shares are simulated each; above, all get the largest share
+
+
+class Span(NamedTuple):
+    """What a rank did: lane is compute, intra or inter; seconds from the start of the layer."""
+
+    rank: int
+    lane: str
+    name: str
+    start: float
+    end: float
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """One attention layer. seconds: until the last rank has its o; compute_s: attention calls of the busiest rank.
+
+    inter_bytes: what crosses nodes, all ranks together; intra_bytes: what changes ranks inside nodes.
+    """
+
+    seconds: float
+    compute_s: float
+    inter_bytes: int
+    intra_bytes: int
+    spans: list[Span]
+
+    @property
+    def exposed_s(self) -> float:
+        """Seconds that the busiest rank does not attend."""
+        return self.seconds - self.compute_s
+
+
+class Symmetry:
+    """The classes of ranks that do the same: rank r and r + period, as shifts of the mesh that map nodes to nodes."""
+
+    def __init__(self, schedule: Schedule, shape: Shape, nodes: Sequence[int]) -> None:
+        self.size, self.mesh, self.groups = schedule.mesh.size, schedule.mesh, schedule.groups
+        self.period = self._period(schedule, nodes)
+        ulysses = schedule.mesh.extent("ulysses")
+        self.even = shape.length % self.size == 0 and shape.heads % ulysses == 0
+        if not self.even and self.size <= EVERY_RANK:
+            self.period = self.size
+        self._ulysses = [self.mesh.coords(rank).get("ulysses", 0) for rank in range(self.size)]
+
+    def _period(self, schedule: Schedule, nodes: Sequence[int]) -> int:
+        outer, inner = (*(extent for _, extent in schedule.mesh.axes), 1)[:2] if schedule.mesh.axes else (1, 1)
+        count = nodes[-1] + 1
+        per_node = self.size // count if count > 1 else 1
+        if count > 1 and tuple(nodes) != tuple(rank // per_node for rank in range(self.size)):
+            return self.size
+        return per_node if outer == 1 else lcm(per_node, inner)
+
+    def of(self, rank: int, piece: Piece) -> tuple[int, Piece]:
+        """The rank that stands for `rank`, and the piece that is to it what `piece` is to `rank`."""
+        twin = rank % self.period
+        if twin == rank:
+            return rank, piece
+        ulysses = self.mesh.extent("ulysses")
+        u, group = divmod(piece.heads, self.groups)
+        u = (u + self._ulysses[twin] - self._ulysses[rank]) % ulysses
+        return twin, Piece(piece.tensor, (piece.tokens + twin - rank) % self.size, u * self.groups + group)
+
+
+def simulate(schedule: Schedule, shape: Shape, nodes: Sequence[int], costs: Costs, itemsize: int) -> Timeline:
+    """The timeline of one attention layer of `shape`, numbers of `itemsize` bytes, on ranks that lie on `nodes`."""
+    return _Run(schedule, shape, tuple(nodes), costs, itemsize).timeline()
+
+
+@dataclass
+class _Flow:
+    """A transfer between nodes: of `piece` at rank `source`, to `target`, where it arrives as `there`."""
+
+    order: tuple[int, int]
+    source: int
+    piece: Piece
+    target: int
+    there: Piece
+    left: float
+    start: float = 0.0
+
+
+class _Run:
+    def __init__(self, schedule: Schedule, shape: Shape, nodes: tuple[int, ...], costs: Costs, itemsize: int) -> None:
+        self.schedule, self.shape, self.nodes, self.costs, self.itemsize = schedule, shape, nodes, costs, itemsize
+        self.symmetry = Symmetry(schedule, shape, nodes)
+        self.ranks = range(self.symmetry.period)
+        size, ulysses = schedule.mesh.size, schedule.mesh.extent("ulysses")
+        if self.symmetry.period < size and not self.symmetry.even:
+            self.tokens = [-(-shape.length // size)] * size
+            heads = cut(-(-shape.heads // ulysses), schedule.groups)
+            self.heads = [len(heads[slot % schedule.groups]) for slot in range(schedule.slots)]
+        else:
+            self.tokens = [len(part) for part in cut(shape.length, size)]
+            self.heads = [len(part) for part in schedule.heads(shape.heads)]
+        self.steps: list[Sequence[Step]] = [schedule.ranks[rank] for rank in self.ranks]
+        self.position = [0] * len(self.ranks)
+        self.busy_s = [0.0] * len(self.ranks)  # attention calls
+        # Parts of each rank's o that other ranks make.
+        self.missing = [schedule.slots - schedule.groups] * len(self.ranks)
+        self.ended = [inf] * len(self.ranks)
+        self.there: set[tuple[int, Piece]] = set()  # readable in the memory of the rank
+        self.waiting: dict[tuple[int, Piece], list[int]] = {}
+        self.outward: dict[tuple[int, Piece], list[_Flow]] = {}
+        self.queue: list[list[tuple[tuple[int, int], int, _Flow]]] = [[] for _ in self.ranks]
+        self.under_way: list[_Flow] = []
+        self.count = [0] * len(self.ranks)
+        self.events: list[tuple[float, int, str, int, Piece | None]] = []
+        self.number, self.now = 0, 0.0
+        self.met: set[tuple[int, int, int]] = set()
+        self.spans: list[Span] = []
+        self.inter = self.intra = 0
+        self._holders: dict[tuple[int, Piece], int] = {}
+        self._plan_transfers()
+
+    def nbytes(self, piece: Piece) -> int:
+        shape = self.shape
+        return shape.batch * self.tokens[piece.tokens] * self.heads[piece.heads] * shape.dim * self.itemsize
+
+    def holder(self, rank: int, piece: Piece) -> int:
+        """The rank in whose memory `rank` finds `piece`: schedule.holder, by way of the ranks that are simulated."""
+        if piece.tokens == rank:
+            return rank
+        key = self.symmetry.of(rank, piece)
+        if key not in self._holders:
+            holder = self.holder(self.schedule.sources[key[0]][key[1]], key[1])
+            self._holders[key] = holder if self.nodes[holder] == self.nodes[key[0]] else key[0]
+        return (self._holders[key] + rank - key[0]) % self.symmetry.size
+
+    def _plan_transfers(self) -> None:
+        """Every transfer into a simulated rank, as one out of the rank that stands for its source."""
+        for at in range(max(map(len, self.steps), default=0)):  # side by side: a ring's holders are found hop by hop
+            for rank in self.ranks:
+                step = self.steps[rank][at] if at < len(self.steps[rank]) else None
+                if isinstance(step, Pull):
+                    if self.holder(rank, step.piece) == rank:
+                        source, piece = self.symmetry.of(self.holder(step.source, step.piece), step.piece)
+                        self._flow((0, at), source, piece, rank, step.piece)
+                    else:
+                        self.intra += self.nbytes(step.piece)
+                elif isinstance(step, Push):
+                    home, there = self.symmetry.of(step.home, step.piece)
+                    if self.nodes[step.home] != self.nodes[rank]:
+                        self._flow((1, at), rank, step.piece, home, there)
+                    else:
+                        self.intra += self.nbytes(step.piece)
+
+    def _flow(self, order: tuple[int, int], source: int, piece: Piece, target: int, there: Piece) -> None:
+        size = self.nbytes(piece)
+        self.inter += size
+        flow = _Flow(order, source, piece, target, there, size)
+        self.outward.setdefault((source, piece), []).append(flow)
+
+    # Events
+
+    def at(self, time: float, what: str, rank: int, piece: Piece | None = None) -> None:
+        self.number += 1
+        heapq.heappush(self.events, (time, self.number, what, rank, piece))
+
+    def timeline(self) -> Timeline:
+        for rank in self.ranks:
+            self._publish(rank)
+        while self.events or self.under_way:
+            rates = self._rates()
+            ends = [self.now + flow.left / rate for flow, rate in zip(self.under_way, rates, strict=True)]
+            time = min(*ends, self.events[0][0] if self.events else inf, inf)
+            gone = [flow for flow, end in zip(self.under_way, ends, strict=True) if end <= time + 1e-12]
+            for flow, rate in zip(self.under_way, rates, strict=True):
+                flow.left -= rate * (time - self.now)
+            self.now = time
+            if self.events and self.events[0][0] <= time:
+                _, _, what, rank, piece = heapq.heappop(self.events)
+                if what == "step":
+                    self._run(rank)
+                else:
+                    assert piece is not None
+                    self._arrive(rank, piece)
+            for flow in gone:
+                self._gone(flow)
+        assert max(self.ended) < inf, "the schedule does not end"
+        share = self.symmetry.size // len(self.ranks)
+        return Timeline(max(self.ended), max(self.busy_s), self.inter * share, self.intra * share, self.spans)
+
+    def _publish(self, rank: int) -> None:
+        """v, k and q become readable one after the other, and the first step follows."""
+        time = 0.0
+
+        def turn(slot: int) -> tuple[tuple[int, int], int]:  # as in attention.executor: what leaves first, first
+            flows = self.outward.get((rank, Piece("v", rank, slot)), ())
+            return min((flow.order for flow in flows), default=(2, 0)), slot
+
+        slots = sorted(range(self.schedule.slots), key=turn)
+        for tensor in "vkq":
+            for slot in slots:
+                piece = Piece(tensor, rank, slot)
+                time += self.costs.copy(self.nbytes(piece))
+                self.at(time, "arrive", rank, piece)
+        self.at(time, "step", rank)
+
+    def _arrive(self, rank: int, piece: Piece) -> None:
+        if piece.tensor == "o" and piece.tokens == rank:
+            self.missing[rank] -= 1
+            self._maybe_end(rank)
+            return
+        self.there.add((rank, piece))
+        for flow in self.outward.get((rank, piece), ()):
+            self.number += 1
+            heapq.heappush(self.queue[rank], (flow.order, self.number, flow))
+        self._fill(rank)
+        for waiter in self.waiting.pop((rank, piece), ()):
+            self.at(self.now, "step", waiter)
+
+    # Transfers between nodes
+
+    def _fill(self, rank: int) -> None:
+        while self.queue[rank] and self.count[rank] < UNDER_WAY:
+            _, _, flow = heapq.heappop(self.queue[rank])
+            flow.start = self.now
+            self.count[rank] += 1
+            self.under_way.append(flow)
+
+    def _rates(self) -> list[float]:
+        """Bytes a second of each flow: its share of its source's link or of its target's, whichever is less."""
+        out, into = dict[int, int](), dict[int, int]()
+        for flow in self.under_way:
+            source, target = self.nodes[flow.source], self.nodes[flow.target]
+            out[source], into[target] = out.get(source, 0) + 1, into.get(target, 0) + 1
+        rate = self.costs.inter.bytes_per_s
+        return [rate / max(out[self.nodes[f.source]], into[self.nodes[f.target]]) for f in self.under_way]
+
+    def _gone(self, flow: _Flow) -> None:
+        self.under_way.remove(flow)
+        self.count[flow.source] -= 1
+        self.spans.append(Span(flow.source, "inter", flow.piece.tensor, flow.start, self.now))
+        self.at(self.now + self.costs.inter.latency_s, "arrive", flow.target, flow.there)
+        self._fill(flow.source)
+
+    # Steps
+
+    def _run(self, rank: int) -> None:
+        """Goes on with a rank's steps until one has to wait, or takes time."""
+        while self.position[rank] < len(self.steps[rank]):
+            step, start = self.steps[rank][self.position[rank]], self.now
+            if isinstance(step, Pull):
+                place = self.symmetry.of(self.holder(rank, step.piece), step.piece)
+                if place not in self.there:
+                    self.waiting.setdefault(place, []).append(rank)
+                    return
+                self.there.add((rank, step.piece))
+                seconds = 0.0
+                if place[0] != rank or place[1] != step.piece:
+                    seconds = self.costs.intra.latency_s + self.nbytes(step.piece) / self.costs.intra.bytes_per_s
+                    self.spans.append(Span(rank, "intra", step.piece.tensor, start, start + seconds))
+                for waiter in self.waiting.pop((rank, step.piece), ()):
+                    self.at(start + seconds, "step", waiter)
+            elif isinstance(step, Attend):
+                seconds = self._attend(rank, step)
+                self.spans.append(Span(rank, "compute", "attend", start, start + seconds))
+            else:
+                seconds = self._push(rank, step)
+            self.position[rank] += 1
+            if seconds:
+                self.at(start + seconds, "step", rank)
+                return
+        self._maybe_end(rank)
+
+    def _attend(self, rank: int, step: Attend) -> float:
+        shape, heads = self.shape, self.heads[step.heads]
+        queries, keys = (sum(self.tokens[who] for who in group) for group in (step.q, step.kv))
+        seconds = self.costs.attend(queries, keys, heads, shape.batch, shape.dim)
+        self.busy_s[rank] += seconds
+        for who in step.q:
+            if (rank, who, step.heads) in self.met:  # a merge reads two results and writes one
+                seconds += self.costs.copy(3 * self.nbytes(Piece("o", who, step.heads)))
+            self.met.add((rank, who, step.heads))
+        return seconds
+
+    def _push(self, rank: int, step: Push) -> float:
+        seconds = self.costs.copy(self.nbytes(step.piece))
+        if self.nodes[step.home] != self.nodes[rank]:
+            self.at(self.now + seconds, "arrive", rank, step.piece)  # in its staging block, from where it leaves
+        else:
+            home, there = self.symmetry.of(step.home, step.piece)
+            self.at(self.now + seconds + self.costs.intra.latency_s, "arrive", home, there)
+            self.spans.append(Span(rank, "intra", "o", self.now, self.now + seconds))
+        return seconds
+
+    def _maybe_end(self, rank: int) -> None:
+        """A rank has its layer when its steps are done and every part of its o has come home and been put together."""
+        if self.position[rank] == len(self.steps[rank]) and self.missing[rank] == 0:
+            whole = sum(self.nbytes(Piece("o", rank, slot)) for slot in range(self.schedule.slots))
+            self.ended[rank] = self.now + self.costs.copy(whole)
