@@ -35,7 +35,8 @@ class Window:
 
     def poll(self) -> list[tuple[Transfer, int]]:
         """(transfer, round) of those that have ended since the last poll."""
-        ended, still = [], []
+        ended: list[tuple[MPI.Request, Transfer, int]] = []
+        still: list[tuple[MPI.Request, Transfer, int]] = []
         for entry in self._under_way:
             (ended if entry[0].Test() else still).append(entry)
         self._under_way = still
