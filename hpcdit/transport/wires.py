@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 from mpi4py import MPI
 
-from ..cluster import Cluster, Group
+from ..cluster import Cluster, World
 from ..heartbeats import array
 from .base import Exchange, Pattern, Place, Transfer
 
@@ -51,7 +51,7 @@ class Window:
             size += self._pattern.nbytes(transfer.source)
 
 
-def one_sided(world: Group) -> bool:
+def one_sided(world: World) -> bool:
     """Whether this MPI makes windows between these hosts: Open MPI 4 does it with UCX alone. Collective."""
     missing = False
     with world.blocking("a window"):
@@ -178,7 +178,7 @@ class RmaWire(Wire):
     """The owner flags a written block in the reader's memory; the reader gets it. Nothing is matched at run time."""
 
     def __init__(
-        self, pattern: Pattern, world: Group, memory: Memory, offsets: Callable[[Place, int], int],
+        self, pattern: Pattern, world: World, memory: Memory, offsets: Callable[[Place, int], int],
         buffers: Callable[[Place, int], np.ndarray], flags: Memory,
     ) -> None:  # fmt: skip
         self._window, self._flags, self._offsets, self._buffers = memory.window, flags, offsets, buffers
