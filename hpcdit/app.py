@@ -7,11 +7,9 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from .attention.schedule import Shape
-from .config import Config, load, resolve_sampling
+from .config import Config, load
 from .errors import BrokenRun, InputError, Stopped
 from .guard import launched_rank
-from .planner.search import search, table
 from .stop import StopRequest
 
 if TYPE_CHECKING:
@@ -70,20 +68,13 @@ def guarded(world: "World", body: Callable[[], int]) -> int:
 
 
 def plan(argv: Sequence[str]) -> int:
-    """`mode=plan`: prints the layouts for a cluster, the one that would be used first."""
-    from .render.batch import model_shape
+    """`mode=plan`: prints the plan for a batch on a cluster, and why it is this one."""
+    from .render.plan import report
 
     config = load(argv)
     if config is None:
         return OK
-    nodes, per_node = config.cluster.nodes or 1, config.cluster.ranks_per_node or 1
-    model, s, p = model_shape(config), resolve_sampling(config, "wan"), config.parallel
-    model.legal(s.num_frames, s.height, s.width)
-    layer = Shape(1, model.tokens(s.num_frames, s.height, s.width), model.heads, model.head_dim)
-    plans = search(layer, [rank // per_node for rank in range(nodes * per_node)], p.method, p.ulysses, p.ring)
-    itemsize = {"float32": 4}.get(config.model.dtype, 2)
-    print(f"{config.model.name} on {nodes} node{'s' * (nodes > 1)} x {per_node} ranks")
-    print(table(plans, layer, itemsize, model.layers))
+    print(report(config))
     return OK
 
 
@@ -109,7 +100,7 @@ def _run(world: "World", argv: Sequence[str], stop: StopRequest) -> int:
     batch = world.agree(lambda: prepare(config, cluster.nodes).to_dict(), "the prompts")
     from .render.run import render
 
-    code = render(config, cluster, Batch.from_dict(batch), stop)
+    code = render(config, world, cluster, Batch.from_dict(batch), stop)
     cluster.close()
     return code
 

@@ -1,21 +1,18 @@
-"""MPI start-up, waiting, abort and shutdown in one place; who sits on which node.
+"""MPI start-up, abort and shutdown in one place; who sits on which node.
 
-Every wait polls and naps: MPI's own blocking calls spin, which takes the cores from the ranks that compute, and they
-cannot be left when a peer is gone. While it waits, a rank watches the heartbeats of the ranks it waits for. Where a
-call can neither be polled nor left, because MPI is only starting or ending, an alarm ends the process in the end.
+Where a call of MPI can neither be polled nor left, because MPI is only starting or ending, an alarm ends the process
+in the end; waiting in between is the groups'.
 """
 
 import contextlib
-import json
 import os
 import signal
 import socket
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
-from itertools import pairwise
-from typing import Any, TypeVar, cast
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from typing import Any
 
 import mpi4py
 import numpy as np
@@ -24,9 +21,6 @@ from .errors import BrokenRun, InputError
 from .launch import launch_error
 from .service import Service
 
-T = TypeVar("T")
-
-NAP_S = 50e-6, 1e-3  # first and longest nap of a wait
 START_S = 600  # for MPI to start: the slowest rank may read Python from a busy file system
 END_S = 60  # for MPI to end, after all ranks have said that they end
 ABORT_S = 5  # for the launcher to be told
@@ -47,17 +41,11 @@ with alarm(START_S):
     from mpi4py import MPI  # this import starts MPI, with the thread level asked for above
 
 from .clocks import offset  # noqa: E402
-from .heartbeats import CHECK_S, Heartbeats  # noqa: E402
+from .group import NAP_S, Group, Life, split  # noqa: E402
+from .heartbeats import Heartbeats  # noqa: E402
 
 
-def split(comm: MPI.Comm, color: int, key: int) -> MPI.Intracomm:
-    """The ranks of `comm` with the same `color`, ordered by `key`."""
-    found = comm.Split(color, key)
-    assert isinstance(found, MPI.Intracomm)
-    return found
-
-
-class World:
+class World(Group):
     """All ranks, numbered node by node, with heartbeats; what every part of the program waits and talks through."""
 
     def __init__(self, comm: MPI.Comm | None = None) -> None:
@@ -66,15 +54,14 @@ class World:
             comm = MPI.COMM_WORLD
             if (why := launch_error(os.environ, comm.size)) is not None:
                 raise InputError(why)
-        self.timeout_s = 60.0  # until the configuration is known
         with alarm(START_S):
-            self._find_hosts(comm)
-            self._beats = Heartbeats(self.comm, self.host_comm, self.hosts)
-        self._blocked: Iterator[None] | None = None
-        self.service = Service(self._beat, self._fail)
+            ranks, hosts = self._find_hosts(comm)
+            life = Life(Heartbeats(ranks, self.host_comm, hosts), Service(self._beat, self._fail), self._threads())
+        super().__init__(ranks, range(ranks.size), hosts, life)
         self.service.start()
 
-    def _find_hosts(self, comm: MPI.Comm) -> None:
+    def _find_hosts(self, comm: MPI.Comm) -> tuple[MPI.Intracomm, list[int]]:
+        """The ranks node by node, and the host of each."""
         real = comm.Split_type(MPI.COMM_TYPE_SHARED)
         assert isinstance(real, MPI.Intracomm)
         first = np.empty(comm.size, np.int64)
@@ -82,12 +69,9 @@ class World:
         comm.Allgather(mine, first)
         order = sorted(set(first.tolist()))
         # Ranks of a node must follow each other, whatever order the launcher chose: meshes are numbered that way.
-        self.comm = split(comm, 0, order.index(mine[0]) * comm.size + real.rank)
-        self.rank, self.size = self.comm.rank, self.comm.size
-        self.hosts = tuple(order.index(leader) for leader in sorted(first.tolist(), key=order.index))
-        self.host_comm = real
-        self.cores = self._threads()
-        self.hostname = socket.gethostname()
+        ranks = split(comm, 0, order.index(mine[0]) * comm.size + real.rank)
+        self.host_comm, self.hostname = real, socket.gethostname()
+        return ranks, [order.index(leader) for leader in sorted(first.tolist(), key=order.index)]
 
     def _threads(self) -> int:
         """Cores of the host / ranks of the host, unless OMP_NUM_THREADS says otherwise."""
@@ -97,8 +81,8 @@ class World:
         return max(1, len(cores) // self.host_comm.size)
 
     def _beat(self) -> None:
-        self._beats.beat()
-        if (watch := self._blocked) is not None:
+        self._life.beats.beat()
+        if (watch := self._life.blocked) is not None:
             next(watch)
 
     def _fail(self, error: BaseException) -> None:
@@ -126,118 +110,17 @@ class World:
         """Collective end of a run in which all is well: nothing is left open that would make MPI's Finalize abort."""
         self.barrier("the end of the run")
         with alarm(END_S):  # nobody watches any more
-            self._poll(self._beats.settled)
+            self._poll(self._life.beats.settled)
             self._poll(self.comm.Ibarrier().Test)
             self.service.stop()
-            self._beats.close()
+            self._life.beats.close()
             self.comm.Free()
             self.host_comm.Free()
-
-    # Waiting
-
-    def wait(self, done: Callable[[], bool], peers: Sequence[int], what: str, nap_s: float = NAP_S[0]) -> None:
-        """Polls `done` with naps until it holds. Raises PeerLost if one of `peers` is silent for timeout_s, or gone."""
-        watch, check = None, time.monotonic() + CHECK_S
-        with self.talking(what):
-            while not done():
-                time.sleep(nap_s)
-                nap_s = min(nap_s * 1.2, NAP_S[1])
-                if time.monotonic() > check:
-                    watch = watch or self._beats.watch(peers, what, self.timeout_s)
-                    next(watch)
 
     @staticmethod
     def _poll(done: Callable[[], bool]) -> None:
         while not done():
             time.sleep(NAP_S[1])
-
-    @contextlib.contextmanager
-    def talking(self, what: str) -> Iterator[None]:
-        """Around calls that talk to other ranks: PeerLost instead of MPI's error when a connection is broken."""
-        try:
-            yield
-        except MPI.Exception as error:
-            if (found := self._lost(error, what)) is error:
-                raise
-            raise found from error
-
-    def _lost(self, error: MPI.Exception, what: str) -> Exception:
-        return self._beats.lost(error, range(self.size), what, self.timeout_s)
-
-    @contextlib.contextmanager
-    def blocking(self, what: str) -> Iterator[None]:
-        """Around collective calls of MPI that cannot be polled: the service thread ends the run if a peer is lost."""
-        self.barrier(what)  # so that the call itself is short, and a late rank is waited for without spinning
-        self._blocked = self._beats.watch(range(self.size), what, self.timeout_s)
-        try:
-            with self.talking(what):
-                yield
-        finally:
-            self._blocked = None
-
-    def complete(
-        self, start: Callable[[], MPI.Request], peers: Sequence[int], what: str, nap_s: float = NAP_S[0]
-    ) -> None:
-        """Starts a request, and waits for its end as `wait` does."""
-        with self.talking(what):
-            request = start()
-        self.wait(request.Test, peers, what, nap_s)
-
-    def barrier(self, what: str) -> None:
-        self.complete(self.comm.Ibarrier, range(self.size), what)
-
-    def broadcast(self, value: Any, what: str, root: int = 0) -> Any:
-        """`value` of `root` on every rank, as JSON carries it."""
-        data = np.frombuffer(json.dumps(value).encode(), np.uint8).copy() if self.rank == root else None
-        size = np.array([0 if data is None else len(data)], np.int64)
-        self.complete(lambda: self.comm.Ibcast(size, root), [root], what)
-        content = np.empty(size[0], np.uint8) if data is None else data
-        self.complete(lambda: self.comm.Ibcast(content, root), [root], what)
-        return json.loads(content.tobytes())
-
-    def agree(self, first: Callable[[], Any], what: str) -> Any:
-        """What `first` returns on rank 0, on every rank; an InputError of it is raised on every rank."""
-        answer: dict[str, Any] = {}
-        if self.rank == 0:
-            try:
-                answer = {"value": first()}
-            except InputError as error:
-                answer = {"error": str(error)}
-        answer = self.broadcast(answer, what)
-        if "error" in answer:
-            raise InputError(answer["error"])
-        return answer["value"]
-
-    def together(self, body: Callable[[], T], what: str) -> T:
-        """What `body` returns on this rank; an InputError of any rank's `body` is raised on every rank."""
-        error, value = "", None
-        try:
-            value = body()
-        except InputError as wrong:
-            error = str(wrong)
-        if self.largest(bool(error), what):
-            said = self.gather(error.encode(), 0, what)
-            raise InputError(self.broadcast(next((text.decode() for text in said if text), ""), what))
-        return cast(T, value)
-
-    def largest(self, value: float, what: str) -> float:
-        """The largest `value` of all ranks, on all ranks."""
-        mine, found = np.array([float(value)]), np.empty(1)
-        self.complete(lambda: self.comm.Iallreduce(mine, found, MPI.MAX), range(self.size), what)
-        return float(found[0])
-
-    def gather(self, data: bytes, root: int, what: str) -> list[bytes]:
-        """All ranks' `data` by rank on `root`; an empty list elsewhere."""
-        size, sizes = np.array([len(data)], np.int64), np.empty(self.size, np.int64)
-        self.complete(lambda: self.comm.Iallgather(size, sizes), range(self.size), what)
-        every = np.empty(int(sizes.sum()) if self.rank == root else 0, np.uint8)
-        starts = np.concatenate([[0], np.cumsum(sizes)])
-        into = [every, sizes.tolist(), starts[:-1].tolist(), MPI.BYTE] if self.rank == root else None
-        send = np.frombuffer(data, np.uint8)
-        self.complete(lambda: self.comm.Igatherv([send, MPI.BYTE], into, root), range(self.size), what)
-        if self.rank != root:
-            return []
-        return [every[a:b].tobytes() for a, b in pairwise(starts)]
 
     def clock_offset(self) -> float:
         """Seconds to add to this rank's `time.perf_counter()` to read rank 0's."""
@@ -245,21 +128,37 @@ class World:
 
 
 class Cluster:
-    """The world cut into nodes: those of the machine, or groups of `ranks_per_node` that stand for nodes."""
+    """A world, or a group of its ranks, cut into nodes: those of the machine, or those that stand for nodes."""
 
-    def __init__(self, world: World, ranks_per_node: int | None = None) -> None:
+    def __init__(
+        self, world: Group, ranks_per_node: int | None = None, nodes: Sequence[Hashable] | None = None
+    ) -> None:
+        """ranks_per_node: so many ranks stand for a node; nodes: the node of each rank, numbered anew in their order.
+
+        Collective over `world`.
+        """
         self.world = world
-        counts: dict[int, int] = {}
-        keys = []
-        for host in world.hosts:
-            local = counts[host] = counts.get(host, -1) + 1
-            keys.append((host, local // ranks_per_node if ranks_per_node else 0))
+        keys = nodes if nodes is not None else self._found(ranks_per_node)
         order = list(dict.fromkeys(keys))
         self.nodes = tuple(order.index(key) for key in keys)
         self.node = self.nodes[world.rank]
         with world.blocking("the nodes"):
             self.node_comm = split(world.comm, self.node, world.rank)
         self.local_rank = self.node_comm.rank
+
+    def _found(self, ranks_per_node: int | None) -> list[tuple[int, int]]:
+        """What tells each rank's node from others: its host, and which of the nodes there."""
+        counts: dict[int, int] = {}
+        keys = []
+        for host in self.world.hosts:
+            local = counts[host] = counts.get(host, -1) + 1
+            keys.append((host, local // ranks_per_node if ranks_per_node else 0))
+        return keys
+
+    def part(self, group: Group) -> "Cluster":
+        """The nodes of this rank's `group` of the ranks, as they are cut here. Collective over `group`."""
+        at = {member: node for member, node in zip(self.world.members, self.nodes, strict=True)}
+        return Cluster(group, nodes=[at[member] for member in group.members])
 
     @property
     def node_count(self) -> int:
@@ -271,7 +170,7 @@ class Cluster:
             "ranks": self.world.size,
             "nodes": self.node_count,
             "ranks_per_node": [self.nodes.count(node) for node in range(self.node_count)],
-            "hosts": max(self.world.hosts) + 1,
+            "hosts": len(set(self.world.hosts)),
             "threads_per_rank": self.world.cores,
             "mpi": MPI.Get_library_version().split("\n")[0].strip("\0 "),
         }

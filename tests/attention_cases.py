@@ -66,8 +66,9 @@ class Case:
         for layer in range(self.layers):
             time.sleep(pauses.random() * self.pause_s)
             q, k, v = self.tensors(layer, dtype)[:, :, tokens.start : tokens.stop]
-            for name, x in (("v", v), ("k", k), ("q", q)):
-                attention.publish(name, x)
+            own = {"q": q, "k": k, "v": v}
+            for name in attention.tensors:
+                attention.publish(name, own[name])
             out = attention.attend()
             reference = self.reference(layer)
             errors = [out.double() - reference[:, tokens.start : tokens.stop]]

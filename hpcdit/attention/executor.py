@@ -9,7 +9,7 @@ from ..mesh import Mesh
 from ..transport.base import Exchange, Place, Transport
 from .methods import gather as gather_method
 from .placement import Placement
-from .schedule import Attend, Piece, Pull, Push, Schedule, Shape
+from .schedule import Attend, Piece, Pull, Push, Schedule, Shape, publishing
 
 Record = Callable[[str, str, float, float, int], None]  # name, lane, start, end (seconds), bytes
 Partial = tuple[torch.Tensor, torch.Tensor]
@@ -39,13 +39,9 @@ class Replay:
         self.exchange: Exchange = transport.exchange(placement.pattern(dtype))
         self._set = 0
         self._open = False
-        # In publishing, slots that are wanted elsewhere go first, in the order in which their transfers should leave.
-        own, order = placement.schedule.own(self.rank), dict[int, int]()
-        for at, (source, _, piece) in enumerate(placement.crossings):
-            if source == self.rank and piece.tokens == self.rank:
-                order.setdefault(piece.heads, at)
-        slots = range(placement.schedule.slots)
-        self.slots = sorted(slots, key=lambda s: (s not in order, order.get(s, 0), s in own, s))
+        leaving = (p for source, _, p in placement.crossings if source == p.tokens == self.rank)
+        own, slots = placement.schedule.own(self.rank), placement.schedule.slots
+        self.tensors, self.slots = publishing(leaving, own, slots)
 
     def memory(self, rank: int) -> torch.Tensor:
         found = self.exchange.memory(rank, self._set)
@@ -97,7 +93,10 @@ class Replay:
 
 
 class Attention:
-    """Sequence-parallel attention for one shape: publish v, k, q of this rank's tokens, then `attend`."""
+    """Sequence-parallel attention for one shape: publish q, k, v of this rank's tokens, then `attend`.
+
+    tensors: the best order to publish them in.
+    """
 
     def __init__(
         self,
@@ -111,7 +110,7 @@ class Attention:
         self.placement = Placement(schedule, shape, tuple(transport.nodes))
         self.kernels, self.spans = kernels, spans
         self.replay = Replay(self.placement, transport, dtype, spans)
-        self.publish = self.replay.publish
+        self.tensors, self.publish = self.replay.tensors, self.replay.publish
         self.close = self.replay.close
 
     def attend(self) -> torch.Tensor:

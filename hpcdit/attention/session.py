@@ -29,7 +29,7 @@ class SequenceParallel:
         self._attention = Attention(schedule, shape, transport, kernels, dtype, spans)
         self._gather: Gather | None = None
         self._transport, self._spans = transport, spans
-        self.publish = self._attention.publish
+        self.tensors, self.publish = self._attention.tensors, self._attention.publish
         self.attend = self._attention.attend
 
     def gather(self, x: torch.Tensor) -> torch.Tensor:

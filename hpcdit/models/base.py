@@ -22,8 +22,12 @@ class Sequence(Protocol):
     def tokens(self) -> range:
         """This rank's tokens among all L."""
 
+    @property
+    def tensors(self) -> str:
+        """q, k and v in the order in which they are best published."""
+
     def publish(self, name: str, x: "Tensor") -> None:
-        """Gives this rank's "q", "k" or "v", [B, tokens, H, D]; each once a round, best v, then k, then q."""
+        """Gives this rank's "q", "k" or "v", [B, tokens, H, D]; each once a round."""
 
     def attend(self) -> "Tensor":
         """The attention of this rank's queries to all keys: [B, tokens, H, D]."""
@@ -32,11 +36,22 @@ class Sequence(Protocol):
         """All ranks' tokens, [B, L, C], on every rank; `x`: this rank's, [B, tokens, C]."""
 
 
+class Halves(Protocol):
+    """Two groups of ranks that denoise the same videos, each computing one of the two predictions of guidance."""
+
+    @property
+    def index(self) -> int:
+        """0: this rank's half computes the prediction with the prompt; 1: with the negative prompt."""
+
+    def swap(self, mine: "Tensor") -> "Tensor":
+        """The other half's tensor of the same shape and type, for which it gets `mine`."""
+
+
 @dataclass(frozen=True, eq=False)
 class Conditions:
-    """An encoded prompt.
+    """Encoded prompts, B of them.
 
-    prompt, negative: [1, max_sequence_length, C]; negative is None where nothing is to be guided away from.
+    prompt, negative: [B, max_sequence_length, C]; negative is None where nothing is to be guided away from.
     prompt_cut, negative_cut: tokens beyond max_sequence_length, which the model never sees.
     """
 
@@ -69,7 +84,7 @@ class Adapter(ABC):
 
     @abstractmethod
     def noise(self, seed: int, num_frames: int, height: int, width: int) -> "Tensor":
-        """The latents to start from, [1, C, f, h, w], float32: for a seed the same on every rank."""
+        """The latents of one video to start from, [1, C, f, h, w], float32: for a seed the same on every rank."""
 
     @abstractmethod
     def denoise(
@@ -80,13 +95,16 @@ class Adapter(ABC):
         guidance_scale: float,
         sequence: Sequence,
         on_step: Callable[[int], None],
+        halves: Halves | None = None,
     ) -> "Tensor":
-        """Returns the denoised latents, as large as `noise`, on every rank of the group.
+        """Denoises as many videos together as there are conditions and noises.
 
+        Returns the latents, as large as `noise`, on every rank of the group. With `halves`, each half computes the
+        prediction that is its own where there is guidance; where there is none, both compute the same.
         on_step(i) is called at the end of step i = 0, 1, ...; what it raises ends the loop and goes through.
         Raises ValueError if guidance wants a negative prompt and `conditions` has none.
         """
 
     @abstractmethod
     def decode(self, latents: "Tensor") -> "np.ndarray":
-        """Turns latents into frames: uint8 [F, H, W, 3]. Raises VideoError if a pixel is not a number."""
+        """Turns one video's latents into frames: uint8 [F, H, W, 3]. Raises VideoError if a pixel is not a number."""

@@ -41,6 +41,7 @@ TRANSFORMER_DEFAULTS: dict[str, Any] = {
     "patch_size": [1, 2, 2],
     "num_attention_heads": 40,
     "attention_head_dim": 128,
+    "ffn_dim": 13824,
     "in_channels": 16,
     "out_channels": 16,
     "text_dim": 4096,
@@ -111,7 +112,7 @@ def check_index(index: Config) -> str:
 def check_transformer(config: Config) -> None:
     """Raises InputError unless this is a Wan text-to-video transformer's configuration."""
     _check_class(config, "transformer")
-    for key in ("num_layers", "num_attention_heads", "in_channels", "text_dim", "rope_max_seq_len"):
+    for key in ("num_layers", "num_attention_heads", "in_channels", "text_dim", "rope_max_seq_len", "ffn_dim"):
         config.need(key, _count, COUNT)
     # The head is cut in three for the rotary embedding (frames, rows, columns), each part in pairs.
     config.need("attention_head_dim", lambda n: _count(n) and n % 2 == 0 and n >= 6, "an even number, at least 6")

@@ -26,7 +26,8 @@ class ModelShape:
 
     patch: latent (frames, rows, columns) of one token; vae_temporal, vae_spatial: pixels per latent along
     time and along height and width; max_patches: tokens in one direction that its rotary table has rows for;
-    multiple: what the family's pipeline asks of height and width beyond that.
+    multiple: what the family's pipeline asks of height and width beyond that; ffn_dim: width of the feed-forward
+    layers.
     """
 
     layers: int
@@ -38,6 +39,7 @@ class ModelShape:
     vae_spatial: int
     max_patches: int = 1024
     multiple: int = 1
+    ffn_dim: int = 0
 
     def latents(self, num_frames: int, height: int, width: int) -> tuple[int, int, int, int]:
         """The latents' shape (channels, frames, rows, columns) for a video of a legal size."""
@@ -103,6 +105,7 @@ def shape(folder: ModelFolder) -> ModelShape:
         vae_spatial=vae["scale_factor_spatial"],
         max_patches=transformer["rope_max_seq_len"],
         multiple=16,  # WanPipeline.check_inputs
+        ffn_dim=transformer["ffn_dim"],
     )
 
 

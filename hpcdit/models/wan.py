@@ -19,7 +19,7 @@ from torch import Tensor
 from hpcdit.command_line import one_line
 from hpcdit.errors import InputError, VideoError
 
-from .base import Adapter, Conditions, Sequence
+from .base import Adapter, Conditions, Halves, Sequence
 from .loading import WEIGHTS, ModelFolder, check_loaded, shape
 
 
@@ -77,16 +77,52 @@ class Split:
     ) -> Tensor:
         """Self-attention of [B, tokens, C]: WanAttnProcessor's steps, each part published at once."""
 
-        def heads(x: Tensor) -> Tensor:
-            return x.unflatten(2, (attn.heads, -1))
+        def make(name: str) -> Tensor:
+            x = getattr(attn, f"to_{name}")(hidden_states)
+            if name == "v":
+                return x.unflatten(2, (attn.heads, -1))
+            return rotate(getattr(attn, f"norm_{name}")(x).unflatten(2, (attn.heads, -1)), *rotary_emb)
 
-        self.sequence.publish("v", heads(attn.to_v(hidden_states)))
-        self.sequence.publish("k", rotate(heads(attn.norm_k(attn.to_k(hidden_states))), *rotary_emb))
-        self.sequence.publish("q", rotate(heads(attn.norm_q(attn.to_q(hidden_states))), *rotary_emb))
+        for name in self.sequence.tensors:
+            self.sequence.publish(name, make(name))
         out = self.sequence.attend().flatten(2).type_as(hidden_states)
         for layer in attn.to_out:
             out = layer(out)
         return out
+
+
+class Guidance:
+    """Lets each half of a group compute one of the two predictions that the pipeline asks for in each step.
+
+    Stands for the transformer's own `forward`. The pipeline asks for the prediction with the prompt first: both halves
+    then compute, the second one the prediction with the negative prompt, and swap; the second question is answered by
+    what is there already.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self._compute = model.forward
+        self._halves: Halves | None = None
+        self._negative: Tensor | None = None
+        self._unasked: Tensor | None = None
+        model.forward = self
+
+    def begin(self, halves: Halves | None, negative: Tensor | None) -> None:
+        """For the videos at hand. Without halves or a negative prompt every question is computed as it comes."""
+        self._halves = halves if negative is not None else None
+        self._negative, self._unasked = negative, None
+
+    def __call__(self, *, encoder_hidden_states: Tensor, **inputs: Any) -> Any:
+        if self._halves is None or self._negative is None:
+            return self._compute(encoder_hidden_states=encoder_hidden_states, **inputs)
+        if self._unasked is not None:
+            prediction, self._unasked = self._unasked, None
+            return (prediction,)
+        second = self._halves.index == 1
+        text = self._negative.to(encoder_hidden_states.dtype) if second else encoder_hidden_states
+        (mine,) = self._compute(encoder_hidden_states=text, **inputs)
+        theirs = self._halves.swap(mine)
+        first, self._unasked = (theirs, mine) if second else (mine, theirs)
+        return (first,)
 
 
 class Wan(Adapter):
@@ -94,6 +130,7 @@ class Wan(Adapter):
         self.shape = shape(folder)
         self._pipe = pipe
         self._split = Split(pipe.transformer)
+        self._guidance = Guidance(pipe.transformer)
 
     @classmethod
     def load(cls, folder: ModelFolder, dtype: str = "float32") -> Self:
@@ -141,8 +178,10 @@ class Wan(Adapter):
         guidance_scale: float,
         sequence: Sequence,
         on_step: Callable[[int], None],
+        halves: Halves | None = None,
     ) -> Tensor:
-        if self.guided(guidance_scale) and conditions.negative is None:
+        guided = self.guided(guidance_scale)
+        if guided and conditions.negative is None:
             raise ValueError(f"guidance_scale {guidance_scale} wants conditions encoded with guided=True")
 
         def on_step_end(pipe: Any, step: int, timestep: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -151,6 +190,7 @@ class Wan(Adapter):
 
         frames, rows, columns = noise.shape[2:]
         self._split.sequence = sequence
+        self._guidance.begin(halves, conditions.negative if guided else None)
         try:
             return self._pipe(
                 prompt_embeds=conditions.prompt,
@@ -166,6 +206,7 @@ class Wan(Adapter):
             ).frames
         finally:
             del self._split.sequence  # and with it, if nobody else holds it, its memory
+            self._guidance.begin(None, None)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> np.ndarray:

@@ -1,7 +1,7 @@
 """Runs all ranks' schedules of one attention layer on a cost model: an event simulation.
 
-A rank computes one step after the other; what leaves it goes in the schedule's order, a few transfers at a time, and
-all that leaves or enters a node shares that node's link. Ranks that a shift of the mesh maps onto each other, nodes
+A rank computes one step after the other; what leaves it goes in the schedule's order, one transfer at a time or a few,
+and all that leaves or enters a node shares that node's link. Ranks that a shift of the mesh maps onto each other, nodes
 and all, do the same at the same time: of each class only one is simulated.
 """
 
@@ -11,11 +11,10 @@ from dataclasses import dataclass
 from math import inf, lcm
 from typing import NamedTuple
 
-from ..attention.schedule import Attend, Piece, Pull, Push, Schedule, Shape, Step
+from ..attention.schedule import Attend, Piece, Pull, Push, Schedule, Shape, Step, publishing
 from ..mesh import cut
 from .costs import Costs
 
-UNDER_WAY = 2  # transfers that a rank has under way at once, as transport.wires does
 EVERY_RANK = 64  # up to so many ranks of uneven shares are simulated each; above, all get the largest share
 
 
@@ -121,7 +120,9 @@ class _Run:
         self.outward: dict[tuple[int, Piece], list[_Flow]] = {}
         self.queue: list[list[tuple[tuple[int, int], int, _Flow]]] = [[] for _ in self.ranks]
         self.under_way: list[_Flow] = []
-        self.count = [0] * len(self.ranks)
+        self.sending = [0] * len(self.ranks)  # bytes under way
+        per_node = max(nodes.count(node) for node in set(nodes[: self.symmetry.period]))
+        self.window = 2 * costs.inter.latency_s * costs.inter.bytes_per_s / per_node
         self.events: list[tuple[float, int, str, int, Piece | None]] = []
         self.number, self.now = 0, 0.0
         self.met: set[tuple[int, int, int]] = set()
@@ -187,11 +188,13 @@ class _Run:
             self.now = time
             if self.events and self.events[0][0] <= time:
                 _, _, what, rank, piece = heapq.heappop(self.events)
-                if what == "step":
+                if piece is None:
                     self._run(rank)
-                else:
-                    assert piece is not None
+                elif what == "arrive":
                     self._arrive(rank, piece)
+                else:
+                    self.sending[rank] -= self.nbytes(piece)
+                    self._fill(rank)
             for flow in gone:
                 self._gone(flow)
         assert max(self.ended) < inf, "the schedule does not end"
@@ -202,12 +205,10 @@ class _Run:
         """v, k and q become readable one after the other, and the first step follows."""
         time = 0.0
 
-        def turn(slot: int) -> tuple[tuple[int, int], int]:  # as in attention.executor: what leaves first, first
-            flows = self.outward.get((rank, Piece("v", rank, slot)), ())
-            return min((flow.order for flow in flows), default=(2, 0)), slot
-
-        slots = sorted(range(self.schedule.slots), key=turn)
-        for tensor in "vkq":
+        mine = (flow for (source, _), flows in self.outward.items() if source == rank for flow in flows)
+        leaving = [f.piece for f in sorted(mine, key=lambda f: f.order) if f.piece.tokens == rank]
+        tensors, slots = publishing(leaving, self.schedule.own(rank), self.schedule.slots)
+        for tensor in tensors:
             for slot in slots:
                 piece = Piece(tensor, rank, slot)
                 time += self.costs.copy(self.nbytes(piece))
@@ -230,10 +231,10 @@ class _Run:
     # Transfers between nodes
 
     def _fill(self, rank: int) -> None:
-        while self.queue[rank] and self.count[rank] < UNDER_WAY:
+        while self.queue[rank] and (not self.sending[rank] or self.sending[rank] < self.window):
             _, _, flow = heapq.heappop(self.queue[rank])
             flow.start = self.now
-            self.count[rank] += 1
+            self.sending[rank] += self.nbytes(flow.piece)
             self.under_way.append(flow)
 
     def _rates(self) -> list[float]:
@@ -247,10 +248,10 @@ class _Run:
 
     def _gone(self, flow: _Flow) -> None:
         self.under_way.remove(flow)
-        self.count[flow.source] -= 1
         self.spans.append(Span(flow.source, "inter", flow.piece.tensor, flow.start, self.now))
         self.at(self.now + self.costs.inter.latency_s, "arrive", flow.target, flow.there)
-        self._fill(flow.source)
+        # Its rank hears of it, and only then begins the next.
+        self.at(self.now + 2 * self.costs.inter.latency_s, "gone", flow.source, flow.piece)
 
     # Steps
 

@@ -18,6 +18,7 @@ from ..models.loading import ModelFolder, ModelShape, inspect, shape
 from ..output import atomic
 from ..output.store import VideoRecord, read_record
 from ..planner.search import search
+from .groups import axes, sequences
 from .manifest import Job, estimate_bytes, fits, partition, read
 
 LOCK = ".lock"
@@ -26,11 +27,14 @@ FILES = (LOCK, "run.log", "job.h5")  # what a run writes beside the videos
 
 @dataclass(frozen=True)
 class Batch:
-    """A checked run: the model, the jobs that are to be rendered, and those that are done already."""
+    """A checked run: the model, the jobs that are to be rendered, and those that are done already; how many replicas
+    render at once, and in how many parts each computes guidance."""
 
     folder: ModelFolder
     todo: tuple[Job, ...]
     done: tuple[Job, ...]
+    replicas: int
+    cfg: int
 
     def to_dict(self) -> dict[str, Any]:
         """JSON's types, for the other ranks."""
@@ -44,7 +48,8 @@ class Batch:
             return tuple(Job(**{**row, "sampling": Sampling(**row["sampling"])}) for row in rows)
 
         folder = {**values["folder"], "path": Path(values["folder"]["path"])}
-        return cls(ModelFolder(**folder), jobs(values["todo"]), jobs(values["done"]))
+        todo, done = jobs(values["todo"]), jobs(values["done"])
+        return cls(ModelFolder(**folder), todo, done, values["replicas"], values["cfg"])
 
     @property
     def shape(self) -> ModelShape:
@@ -61,13 +66,14 @@ def prepare(config: Config, nodes: Sequence[int]) -> Batch:
     defaults, model = resolve_sampling(config, folder.family), shape(folder)
     jobs = read(Path(config.prompts) if config.prompts else demo_prompts(), defaults)
     fits(jobs, defaults, model)
+    replicas, cfg = axes(config, len(nodes))
     for sizes in {(j.sampling.num_frames, j.sampling.height, j.sampling.width) for j in jobs}:
-        layer = Shape(1, model.tokens(*sizes), model.heads, model.head_dim)
-        p = config.parallel
-        search(layer, nodes, p.method, p.ulysses, p.ring)
+        layer, p = Shape(1, model.tokens(*sizes), model.heads, model.head_dim), config.parallel
+        for group in sequences(nodes, replicas, cfg):
+            search(layer, group, p.method, p.ulysses, p.ring)
     todo, done = resume(config, folder, jobs)
     check_output(Path(config.output.dir), estimate_bytes(todo))
-    return Batch(folder, todo, done)
+    return Batch(folder, todo, done, replicas, cfg)
 
 
 def resume(config: Config, folder: ModelFolder, jobs: Sequence[Job]) -> tuple[tuple[Job, ...], tuple[Job, ...]]:
@@ -179,11 +185,3 @@ def _hold(lock: IO[str], folder: Path) -> None:
         raise InputError(f"output.dir={folder}: another run is writing there; allowed: another output.dir") from None
     except OSError:
         pass  # a file system without locks: then nobody can be kept out, and each video is still written whole
-
-
-def model_shape(config: Config) -> ModelShape:
-    """The shape that `mode=plan` plans for: of the checkpoint, or of the configuration where that has one."""
-    if config.model.path is None and config.model.shape is not None:
-        values = dict(config.model.shape)
-        return ModelShape(**{**values, "patch": tuple(values["patch"]), "multiple": 16})
-    return shape(inspect(Path(config.model.path) if config.model.path else demo_model()))

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -58,19 +59,39 @@ class Report:
         self._steps, self._shown = 0, 0.0
         self._opened = self._start = time.monotonic()  # the start is set anew when the first video begins
         self._terminal = sys.stderr.isatty()
+        self._at: dict[int, str] = {}  # what each group is at
+
+    def hear(self, note: dict[str, Any]) -> None:
+        """Takes what the leader of a group tells."""
+        match note:
+            case {"what": "begins", "group": group, "ids": ids, "plan": plan}:
+                self.begins(group, ids, plan)
+            case {"what": "cut", "id": job_id, "tokens": tokens, "limit": limit}:
+                limit = f"sampling.max_sequence_length={limit}"
+                what = f"the last {tokens} tokens of the prompt are beyond {limit} and have no effect"
+                self.log.warning("%s: %s", job_id, what)
+            case {"what": "step", "group": group, "ids": ids, "step": step}:
+                self.step(group, ids, step)
+            case {"what": "ended", "id": job_id, "status": status, "seconds": seconds, "reason": reason}:
+                self.ended(job_id, status, seconds, reason)
+            case {"what": "idle", "group": group}:
+                self._at.pop(group, None)
 
     @property
     def failed(self) -> int:
         return self._failed
 
-    def begins(self, job_id: str, plan: str) -> None:
+    def begins(self, group: int, ids: list[str], plan: str) -> None:
         self._start = time.monotonic() if not self._steps else self._start
-        self.log.info("%s: starts (%s)", job_id, plan)
+        for job_id in ids:
+            self.log.info("%s: starts%s (%s)", job_id, f" in replica {group}" if group else "", plan)
 
-    def step(self, job_id: str, step: int) -> None:
-        """Step `step` (from 0) of a video has ended."""
-        self._steps += 1
-        self._show(f"{job_id} step {step + 1}/{self._work[job_id]}")
+    def step(self, group: int, ids: list[str], step: int) -> None:
+        """Step `step` (from 0) of videos that a group renders together has ended."""
+        self._steps += len(ids)
+        more = f" +{len(ids) - 1}" if len(ids) > 1 else ""
+        self._at[group] = f"{ids[0]}{more} step {step + 1}/{self._work[ids[0]]}"
+        self._show(", ".join(text for _, text in sorted(self._at.items())))
 
     def ended(self, job_id: str, status: str, seconds: float, reason: str) -> None:
         with _as_broken_run():

@@ -13,10 +13,12 @@ import numpy as np
 import torch
 
 from ..attention.schedule import Shape
-from ..cluster import Cluster
+from ..cluster import Cluster, World
 from ..config import Config
 from ..errors import BrokenRun, Stopped
+from ..mesh import Mesh
 from ..models import adapter_of
+from ..models.base import Adapter
 from ..output.record import Row, VideoRecord
 from ..output.store import rebuild, software
 from ..output.trace import EVENT, Trace
@@ -26,24 +28,29 @@ from ..transport.base import Transport
 from ..transport.mpi import MpiTransport
 from .batch import Batch, output_folder
 from .engine import Engine
+from .groups import Groups
 from .manifest import Job
 from .progress import Report, clock, open_log
+from .queue import Queue, batches
 from .stages import Finisher
 
 OK, FAILED = 0, 3
 
 
-def render(config: Config, cluster: Cluster, batch: Batch, stop: StopRequest) -> int:
-    """Renders what is to do, on all ranks together. Returns the exit code; raises Stopped when asked to stop."""
-    world, folder = cluster.world, Path(config.output.dir)
+def render(config: Config, world: World, cluster: Cluster, batch: Batch, stop: StopRequest) -> int:
+    """Renders what is to do, on all ranks together. Returns the exit code; raises Stopped when asked to stop.
+
+    cluster: the nodes of the world.
+    """
+    folder = Path(config.output.dir)
     torch.set_num_threads(world.cores)
     with ExitStack() as stack:
         world.agree(lambda: stack.enter_context(output_folder(folder)) and None, "the output folder")
         report = _report(config, cluster, batch) if world.rank == 0 else None
-        _log_processes(cluster, report)
+        _log_processes(world, cluster, report)
         try:
             if batch.todo:
-                _render(config, cluster, batch, stop, report, stack)
+                _render(config, world, cluster, batch, stop, report, stack)
         except Stopped as error:
             if report:
                 report.log.warning("%s", error)
@@ -66,14 +73,16 @@ def render(config: Config, cluster: Cluster, batch: Batch, stop: StopRequest) ->
 
 
 def _render(
-    config: Config, cluster: Cluster, batch: Batch, stop: StopRequest, report: Report | None, stack: ExitStack
-) -> None:
-    world, folder = cluster.world, Path(config.output.dir)
+    config: Config, world: World, cluster: Cluster, batch: Batch, stop: StopRequest, report: Report | None,
+    stack: ExitStack,
+) -> None:  # fmt: skip
+    folder = Path(config.output.dir)
+    groups = Groups.cut(world, cluster, batch.replicas, batch.cfg)
     # The traces' clock is rank 0's, from here on.
     zero = world.broadcast(Trace.now(), "the clocks")
     trace = Trace(world.rank, config.trace.level, world.clock_offset() - zero)
     with trace.span("connect", "inter"):
-        transport = MpiTransport(cluster, config.transport.inter)
+        transport = world.together(lambda: MpiTransport(groups.sequence, config.transport.inter), "the links")
     with trace.span("load", "io"):
         load = adapter_of(batch.folder.family).load
         adapter = world.together(lambda: load(batch.folder, config.model.dtype), "the model")
@@ -81,11 +90,14 @@ def _render(
     gc.enable()
     if report:
         report.log.info("transport: %s", transport.describe())
+        if groups.mesh.size > groups.sequence.world.size:
+            report.log.info("groups: %s", " x ".join(f"{name} {extent}" for name, extent in groups.mesh.axes))
+        _warn_unguided(batch, adapter, report)
     planner = Planner(config, transport)
     finisher = Finisher(
         adapter,
         folder / "videos",
-        Provenance.of(config, cluster, batch, planner),
+        Provenance.of(config, cluster, batch, groups),
         Trace(world.rank, config.trace.level, trace.offset),
         config.output.compression,
         config.output.video,
@@ -93,12 +105,31 @@ def _render(
     )
     stack.callback(finisher.close)
     dtype = getattr(torch, config.model.dtype)
-    engine = Engine(world, transport, adapter, dtype, planner, finisher, trace, stop, report)
     # What belongs to no video is the job's trace.
     events = world.gather(trace.take().tobytes(), 0, "the events of the job")
     if report:
         report.events = np.frombuffer(b"".join(events), EVENT)
-    engine.render(batch.todo)
+    todo = batches(batch.todo, config.parallel.batch or 1)
+    queue = Queue(world, batch.replicas, todo, stop, report.hear if report else None)
+    engine = Engine(
+        groups.number, groups.replica, transport, groups.halves(trace), adapter, dtype, planner, finisher, trace, queue
+    )
+    try:
+        engine.render(batch.todo)
+    except Stopped:
+        groups.close()
+        raise
+    groups.close()
+
+
+def _warn_unguided(batch: Batch, adapter: Adapter, report: Report) -> None:
+    """Such a video is not refused: in a file there may be both kinds."""
+    unguided = sum(not adapter.guided(job.sampling.guidance_scale) for job in batch.todo)
+    if batch.cfg > 1 and unguided:
+        report.log.warning(
+            "parallel.cfg=%d: %d of %d videos have no guidance, both halves compute the same for them",
+            batch.cfg, unguided, len(batch.todo),
+        )  # fmt: skip
 
 
 class Planner:
@@ -123,11 +154,10 @@ class Provenance:
     config: dict[str, Any]
     software: dict[str, str]
     cluster: dict[str, Any]
-    planner: Planner
-    batch: Batch
+    mesh: Mesh
 
     @classmethod
-    def of(cls, config: Config, cluster: Cluster, batch: Batch, planner: Planner) -> "Provenance":
+    def of(cls, config: Config, cluster: Cluster, batch: Batch, groups: Groups) -> "Provenance":
         described = cluster.describe()
         model = {
             "name": config.model.name,
@@ -135,11 +165,11 @@ class Provenance:
             "fingerprint": batch.folder.fingerprint,
             "dtype": config.model.dtype,
         }
-        return cls(model, config.describe(), software(described["mpi"]), described, planner, batch)
+        return cls(model, config.describe(), software(described["mpi"]), described, groups.mesh)
 
-    def __call__(self, job: Job) -> VideoRecord:
-        s, model = job.sampling, self.batch.shape
-        layer = Shape(1, model.tokens(s.num_frames, s.height, s.width), model.heads, model.head_dim)
+    def __call__(self, job: Job, plan: dict[str, Any]) -> VideoRecord:
+        """plan: how its denoising was shared out inside the group."""
+        s = job.sampling
         return VideoRecord(
             id=job.id,
             prompt=job.prompt,
@@ -148,7 +178,7 @@ class Provenance:
             fps=s.fps,
             sampling=asdict(s),
             model=self.model,
-            plan={**self.planner(layer).describe(), **self.planner.transport.describe()},
+            plan={**plan, **dict(self.mesh.axes)},
             config=self.config,
             software=self.software,
             cluster=self.cluster,
@@ -168,9 +198,8 @@ def _report(config: Config, cluster: Cluster, batch: Batch) -> Report:
     return Report(rebuild(folder, rows), log, work, len(done))
 
 
-def _log_processes(cluster: Cluster, report: Report | None) -> None:
+def _log_processes(world: World, cluster: Cluster, report: Report | None) -> None:
     """Names every rank's process in the log, for the person who looks for it on its host."""
-    world = cluster.world
     mine = f"rank {world.rank}: node {cluster.node}, host {world.hostname}, pid {os.getpid()}"
     for line in world.gather(mine.encode(), 0, "the processes"):
         if report:

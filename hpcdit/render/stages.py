@@ -6,6 +6,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,9 +32,11 @@ class Result:
 
 @dataclass(frozen=True)
 class Denoised:
-    """A video that is still to be decoded. started: this process's `time.perf_counter()` when its encoding began."""
+    """A video that is still to be decoded. started: this process's `time.perf_counter()` when its encoding began;
+    plan: how its denoising was shared out."""
 
     job: Job
+    plan: dict[str, Any]
     latents: torch.Tensor
     events: np.ndarray
     started: float
@@ -55,7 +58,7 @@ class Finisher:
         self,
         adapter: Adapter,
         folder: Path,
-        record: Callable[[Job], VideoRecord],
+        record: Callable[[Job, dict[str, Any]], VideoRecord],
         trace: Trace,
         compression: str,
         video: str,
@@ -112,7 +115,7 @@ class Finisher:
         path = self._folder / f"{video.job.id}.h5"
         if self._video == "mp4":  # first: the HDF5 file says that the video is done
             media.write_mp4(path.with_suffix(".mp4"), frames, video.job.sampling.fps)
-        write_video(path, frames, self._record(video.job), events, self._compression)
+        write_video(path, frames, self._record(video.job, video.plan), events, self._compression)
 
     def close(self) -> None:
         self._pool.shutdown()

@@ -8,6 +8,7 @@ before the round begins (over TCP, where RMA is emulated, they are faster); `Mpi
 
 import threading
 import time
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from .base import Exchange, Pattern, Place, Transfer, Transport
 from .wires import Memory, PersistentWire, RmaWire, Wire, one_sided
 
 WIRES = ("persistent", "rma")
+SMALL, LARGE = 1 << 6, 1 << 18  # bytes of blocks that are sent to measure links
 
 
 class MpiExchange(Exchange):
@@ -54,9 +56,11 @@ class MpiExchange(Exchange):
 
     def _make_wire(self, name: str) -> Wire:
         if name == "persistent":
-            return PersistentWire(self._pattern, self._world.comm, self._buffer)
+            return PersistentWire(self._pattern, self._world.comm, self._buffer, self._transport.window)
         flags = Memory(self._transport.cluster, 8 * len(self._pattern.transfers), far=True)
-        return RmaWire(self._pattern, self._world, self._memory, self._offset, self._buffer, flags)
+        return RmaWire(
+            self._pattern, self._world, self._memory, self._offset, self._buffer, flags, self._transport.window
+        )
 
     def _offset(self, place: Place, which: int) -> int:
         at = self._pattern.spans[place.rank][place.block][0] * self._pattern.dtype.itemsize
@@ -121,7 +125,7 @@ class MpiExchange(Exchange):
             if source == self._world.rank:  # an o of this rank, written by whoever has finished it
                 what, peers = f"a part of {what}", list(range(self._world.size))
             else:
-                what, peers = f"{what}, from rank {source}", [source]
+                what, peers = f"{what}, from rank {self._world.members[source]}", [source]
 
             def arrived() -> bool:
                 if self._wire:
@@ -167,29 +171,36 @@ class MpiTransport(Transport):
         super().__init__(rank=cluster.world.rank, nodes=cluster.nodes)
         self.cluster = cluster
         self._seconds: dict[str, float] = {}
+        self.window = LARGE  # bytes that a rank has under way
         if cluster.node_count == 1:
             self.inter = "none"
         elif inter == "auto":
             wires = WIRES if one_sided(cluster.world) else ("persistent",)
-            self._seconds = {wire: self._measure(wire) for wire in wires}
-            self.inter = min(self._seconds, key=lambda wire: self._seconds[wire])
+            self._choose(wires)
         elif inter == "rma" and not one_sided(cluster.world):
             raise InputError(
                 "transport.inter=rma: this MPI has no one-sided communication between these hosts (Open MPI 4 has it"
                 " with UCX alone); allowed: auto or persistent, or `mpirun --mca pml ucx --mca osc ucx,sm`"
             )
         else:
-            self.inter = inter
+            self._choose((inter,))
         self.traffic.intra = self.traffic.inter = 0
+
+    def _choose(self, wires: Sequence[str]) -> None:
+        """The quickest wire, and as much under way on it as it carries while a message passes and its answer."""
+        self._seconds = {wire: self._measure(wire, LARGE) for wire in wires}
+        self.inter = min(self._seconds, key=lambda wire: self._seconds[wire])
+        latency = self._measure(self.inter, SMALL)
+        self.window = int(2 * latency / self._seconds[self.inter] * LARGE)
 
     def exchange(self, pattern: Pattern) -> MpiExchange:
         return MpiExchange(self, pattern, self.inter)
 
     def describe(self) -> dict[str, str]:
         measured = ", ".join(f"{wire} {seconds * 1e3:.2f} ms" for wire, seconds in self._seconds.items())
-        return {"kind": "mpi", "inter": self.inter, "measured": measured}
+        return {"kind": "mpi", "inter": self.inter, "measured": measured, "window": f"{self.window} bytes"}
 
-    def _measure(self, wire: str, rounds: int = 5, nbytes: int = 1 << 18) -> float:
+    def _measure(self, wire: str, nbytes: int, rounds: int = 5) -> float:
         """Seconds of the quickest round, as the slowest rank sees it, in which each sends a block to the next node."""
         size, nodes, world = self.size, self.cluster.nodes, self.cluster.world
         firsts = [nodes.index(node) for node in range(self.cluster.node_count)]

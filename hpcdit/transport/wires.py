@@ -7,21 +7,23 @@ from collections.abc import Callable
 import numpy as np
 from mpi4py import MPI
 
-from ..cluster import Cluster, World
+from ..cluster import Cluster
+from ..group import Group
 from ..heartbeats import array
 from .base import Exchange, Pattern, Place, Transfer
 
-# How much a rank has under way: enough to keep a network busy, and no more, since what is under way shares it, and what
-# is needed first should be there first.
-WINDOW = 2  # transfers at least
-WINDOW_BYTES = 1 << 18  # or as many as have so many bytes together
-
 
 class Window:
-    """Transfers that wait for their turn, the first in the pattern's order first; `start` is called when it comes."""
+    """Transfers that wait for their turn, the first in the pattern's order first; `start` is called when it comes.
 
-    def __init__(self, pattern: Pattern, start: Callable[[int, Transfer, int, int], MPI.Request]) -> None:
-        self._pattern, self._start = pattern, start
+    One is under way, or several until they have `nbytes` together: as much as a link carries while word comes back that
+    the first is there. With more, what is needed first would share the link with what is needed later.
+    """
+
+    def __init__(
+        self, pattern: Pattern, nbytes: int, start: Callable[[int, Transfer, int, int], MPI.Request]
+    ) -> None:  # fmt: skip
+        self._pattern, self._nbytes, self._start = pattern, nbytes, start
         self._waiting: list[tuple[int, Transfer, int, int]] = []
         self._under_way: list[tuple[MPI.Request, Transfer, int]] = []
 
@@ -35,23 +37,28 @@ class Window:
 
     def poll(self) -> list[tuple[Transfer, int]]:
         """(transfer, round) of those that have ended since the last poll."""
-        ended: list[tuple[MPI.Request, Transfer, int]] = []
-        still: list[tuple[MPI.Request, Transfer, int]] = []
-        for entry in self._under_way:
-            (ended if entry[0].Test() else still).append(entry)
-        self._under_way = still
+        ended = done(self._under_way)
         self._fill()
         return [(transfer, round_) for _, transfer, round_ in ended]
 
     def _fill(self) -> None:
         size = sum(self._pattern.nbytes(transfer.source) for _, transfer, _ in self._under_way)
-        while self._waiting and (len(self._under_way) < WINDOW or size < WINDOW_BYTES):
+        while self._waiting and (not self._under_way or size < self._nbytes):
             number, transfer, which, round_ = heapq.heappop(self._waiting)
             self._under_way.append((self._start(number, transfer, which, round_), transfer, round_))
             size += self._pattern.nbytes(transfer.source)
 
 
-def one_sided(world: World) -> bool:
+def done(requests: list[tuple[MPI.Request, Transfer, int]]) -> list[tuple[MPI.Request, Transfer, int]]:
+    """Takes those that have ended out of `requests`: one look of MPI for all, where a look at each costs as much."""
+    indices = MPI.Request.Testsome([request for request, _, _ in requests]) if requests else None
+    ended = [requests[index] for index in indices or ()]
+    for index in sorted(indices or (), reverse=True):
+        del requests[index]
+    return ended
+
+
+def one_sided(world: Group) -> bool:
     """Whether this MPI makes windows between these hosts: Open MPI 4 does it with UCX alone. Collective."""
     missing = False
     with world.blocking("a window"):
@@ -123,7 +130,9 @@ class Wire(ABC):
 class PersistentWire(Wire):
     """Both ends know every transfer in advance: requests are made once, receives are started as a round begins."""
 
-    def __init__(self, pattern: Pattern, comm: MPI.Comm, buffers: Callable[[Place, int], np.ndarray]) -> None:
+    def __init__(
+        self, pattern: Pattern, comm: MPI.Comm, buffers: Callable[[Place, int], np.ndarray], window: int
+    ) -> None:  # fmt: skip
         self._requests: dict[tuple[Transfer, int], MPI.Prequest] = {}
         self._inward = [t for t in pattern.transfers if t.target.rank == comm.rank]
         self._number_of = {t: n for n, t in enumerate(pattern.transfers) if t.source.rank == comm.rank}
@@ -132,14 +141,15 @@ class PersistentWire(Wire):
             for which in range(Exchange.SETS):
                 tag = number * Exchange.SETS + which
                 if t.target.rank == comm.rank:
-                    request = self._comm.Recv_init(buffers(t.target, which), t.source.rank, tag)
+                    self._requests[t, which] = self._comm.Recv_init(buffers(t.target, which), t.source.rank, tag)
                 elif t.source.rank == comm.rank:
-                    request = self._comm.Send_init(buffers(t.source, which), t.target.rank, tag)
-                else:
-                    continue
-                self._requests[t, which] = request
-        self._receiving: dict[Transfer, tuple[MPI.Request, int]] = {}
-        self._sending = Window(pattern, self._send)
+                    # Synchronous: it ends when the receiver has it. Others end when a kernel's buffer has it, and then
+                    # everything is under way at once.
+                    request = self._comm.Ssend_init(buffers(t.source, which), t.target.rank, tag)
+                    assert isinstance(request, MPI.Prequest)  # mpi4py's types do not say so
+                    self._requests[t, which] = request
+        self._receiving: list[tuple[MPI.Request, Transfer, int]] = []
+        self._sending = Window(pattern, window, self._send)
 
     def _send(self, number: int, transfer: Transfer, which: int, round_: int) -> MPI.Request:
         request = self._requests[transfer, which]
@@ -150,17 +160,14 @@ class PersistentWire(Wire):
         for t in self._inward:
             request = self._requests[t, which]
             request.Start()
-            self._receiving[t] = request, number
+            self._receiving.append((request, t, number))
 
     def start(self, transfer: Transfer, which: int, number: int) -> None:
         self._sending.add(self._number_of[transfer], transfer, which, number)
 
     def poll(self) -> list[tuple[Transfer, int]]:
         self._sending.poll()
-        arrived = [(t, number) for t, (request, number) in self._receiving.items() if request.Test()]
-        for t, _ in arrived:
-            del self._receiving[t]
-        return arrived
+        return [(transfer, number) for _, transfer, number in done(self._receiving)]
 
     def leaving(self) -> bool:
         return bool(self._sending)
@@ -178,8 +185,8 @@ class RmaWire(Wire):
     """The owner flags a written block in the reader's memory; the reader gets it. Nothing is matched at run time."""
 
     def __init__(
-        self, pattern: Pattern, world: World, memory: Memory, offsets: Callable[[Place, int], int],
-        buffers: Callable[[Place, int], np.ndarray], flags: Memory,
+        self, pattern: Pattern, world: Group, memory: Memory, offsets: Callable[[Place, int], int],
+        buffers: Callable[[Place, int], np.ndarray], flags: Memory, window: int,
     ) -> None:  # fmt: skip
         self._window, self._flags, self._offsets, self._buffers = memory.window, flags, offsets, buffers
         self._inward = [(n, t) for n, t in enumerate(pattern.transfers) if t.target.rank == world.rank]
@@ -189,7 +196,7 @@ class RmaWire(Wire):
         self._flag = mine.view(np.int64)
         self._flag[:] = 0
         self._expected: dict[int, tuple[Transfer, int, int]] = {}
-        self._getting = Window(pattern, self._get)
+        self._getting = Window(pattern, window, self._get)
         self._flagging: list[tuple[MPI.Request, np.ndarray, np.ndarray]] = []
 
     def begin(self, which: int, number: int) -> None:

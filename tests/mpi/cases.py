@@ -1,7 +1,13 @@
 """What the tests of this folder run under mpirun."""
 
+import json
+import os
+import random
+import signal
 import threading
 import time
+from collections.abc import Callable
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +23,11 @@ from hpcdit.errors import PeerLost
 from hpcdit.kernels import cpu
 from hpcdit.models.loading import inspect
 from hpcdit.models.wan import Wan
+from hpcdit.render.queue import Queue
+from hpcdit.stop import StopRequest
 from hpcdit.transport.mpi import WIRES, MpiTransport
 from tests.attention_cases import UNTIMED, Case
-from tests.mpi.groups import each_size
+from tests.mpi.groups import each_size, side_by_side
 
 SIZE, SEED, STEPS, LENGTH = (9, 48, 80), 3, 2, 24
 PROMPT, NEGATIVE = "a red circle moving left on the sea", "grey"
@@ -106,6 +114,71 @@ def wan_frames(comm: MPI.Comm, checkpoint: str, reference: str) -> Any:
     return each_size(comm, body, [(6,), (5, 1), (4, 2), (3,)])
 
 
+Layout = tuple[int, int, int, int]  # replicas, cfg, ranks a sequence, batch
+LAYOUTS: list[list[Layout]] = [
+    [(2, 1, 1, batch), (1, 2, 1, batch)] for batch in (1, 2, 3)
+] + [[(*axes, batch)] for batch in (1, 2, 3) for axes in ((2, 2, 1), (1, 2, 2), (2, 1, 2), (3, 1, 1))]  # fmt: skip
+
+
+def program_in_groups(comm: MPI.Comm, checkpoint: str, prompts: str, folder: str) -> Any:
+    """The program on every layout of LAYOUTS, each into a folder of its own, nodes of 1, 2 and 3 ranks: exit codes."""
+
+    def body(layout: Layout) -> Callable[[World], int]:
+        replicas, cfg, _, batch = layout
+        args = [f"model.path={checkpoint}", f"prompts={prompts}", f"output.dir={folder}/{name(layout)}"]
+        args += [f"parallel.replicas={replicas}", f"parallel.cfg={cfg}", f"parallel.batch={batch}"]
+        return lambda world: app.run(world, [*args, f"cluster.ranks_per_node={batch}"])
+
+    rounds = [[(prod(layout[:3]), body(layout)) for layout in together] for together in LAYOUTS]
+    codes = side_by_side(comm, rounds)
+    return dict(zip([name(layout) for together in LAYOUTS for layout in together], codes, strict=True))
+
+
+def name(layout: Layout) -> str:
+    return "x".join(map(str, layout[:3])) + f", batch {layout[3]}"
+
+
+def queue(comm: MPI.Comm) -> Any:
+    """Groups of 1 and 2 ranks take from one queue, at random moments: what each took, and what rank 0 heard of it."""
+
+    def body(world: World, groups: int) -> tuple[list[list[int]], list[list[int]]]:
+        heard: list[list[int]] = []
+        group, pause = world.part(groups), random.Random(world.rank)
+        todo = [[2 * n, 2 * n + 1] for n in range(100)]
+        shared = Queue(world, groups, todo, StopRequest(), lambda note: heard.append(note["took"]))
+        took: list[int] = []
+        while batch := group.broadcast(shared.next() if group.rank == 0 else None, "a batch"):
+            took += batch
+            time.sleep(pause.random() * 0.002)
+            if group.rank == 0:
+                shared.tell(took=batch)
+        shared.end(group.rank == 0, cut=False)
+        every = world.gather(json.dumps(took if group.rank == 0 else []).encode(), 0, "what was taken")
+        group.close()
+        return [json.loads(data) for data in every], heard
+
+    return side_by_side(comm, [[(4, lambda world: body(world, 4))], [(4, lambda world: body(world, 2))]])
+
+
+def stop_in_a_group(comm: MPI.Comm, checkpoint: str, prompts: str, folder: str) -> Any:
+    """Rank 3 of 2 x 1 x 2 ranks gets SIGTERM when all videos that can be under way are; the exit codes of all."""
+
+    def body(world: World) -> list[int]:
+        def signal_when_all_render() -> None:
+            log, expected = Path(folder) / "run.log", min(2, len(Path(prompts).read_text().splitlines()))
+            while not (log.exists() and log.read_text().count(": starts") >= expected):
+                time.sleep(0.05)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+        if world.rank == 3:
+            threading.Thread(target=signal_when_all_render, daemon=True).start()
+        args = [f"model.path={checkpoint}", f"prompts={prompts}", f"output.dir={folder}", "sampling.steps=1000"]
+        code = app.run(world, [*args, "sampling.num_frames=5", "parallel.replicas=2"])
+        return [int(data) for data in world.gather(str(code).encode(), 0, "the exit codes")]
+
+    return side_by_side(comm, [[(4, body)]])
+
+
 def broken_thread(comm: MPI.Comm) -> None:
     """A thread of rank 1 raises while all ranks wait for each other."""
     world = World()
@@ -119,17 +192,20 @@ def broken_thread(comm: MPI.Comm) -> None:
     app.guarded(world, body)
 
 
-def silent_rank(comm: MPI.Comm) -> Any:
-    """The last rank's heart stops; what rank 0 says of it, and after how many seconds."""
+def silent_rank(comm: MPI.Comm, parts: str) -> Any:
+    """The last rank's heart stops; what the first rank of its part of the world says, and after how many seconds."""
     world = World()
+    world.timeout_s = 30
+    group = world.part(int(parts))
+    comm.Barrier()
     world.timeout_s = 1.5
     if world.rank == world.size - 1:
         world.service.stop()
     said, start = "", time.monotonic()
-    if world.rank == 0:
+    if group.rank == 0 and group.members[-1] == world.size - 1:
         try:
-            world.wait(lambda: False, [world.size - 1], "a piece")
+            group.wait(lambda: False, [group.size - 1], "a piece")
         except PeerLost as error:
             said = str(error)
-    comm.Barrier()
-    return said, time.monotonic() - start
+    found = comm.allgather((said, time.monotonic() - start))
+    return next(entry for entry in found if entry[0])

@@ -1,8 +1,11 @@
 """Runs the cases of this folder under mpirun, many in one start, and looks at what they found."""
 
 import json
+import re
 import subprocess
 import sys
+from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +39,10 @@ def test_an_exception_in_a_thread_of_one_rank_ends_all_ranks_with_its_message() 
         mpirun(3, "broken_thread", timeout_s=60)
 
 
-def test_a_rank_without_heartbeat_is_named_by_the_one_that_waits() -> None:
-    said, seconds = mpirun(3, "silent_rank", timeout_s=60)
-    assert said.startswith("no sign of life from rank 2") and "waiting for a piece" in said
+@pytest.mark.parametrize("ranks, parts", [(3, 1), (4, 2)])
+def test_a_rank_without_heartbeat_is_named_by_the_one_that_waits(ranks: int, parts: int) -> None:
+    said, seconds = mpirun(ranks, "silent_rank", str(parts), timeout_s=60)
+    assert said.startswith(f"no sign of life from rank {ranks - 1}") and "waiting for a piece" in said
     assert 1.5 < seconds < 10
 
 
@@ -94,3 +98,95 @@ def test_frames_equal_diffusers_on_one_to_six_ranks_by_every_method(tiny: tuple[
     for size, (count, worst) in found.items():
         assert worst <= 1, f"{size} ranks: {worst} levels"
         assert count >= 5, f"{size} ranks"
+
+
+@dataclass(frozen=True)
+class Request:
+    """A line of the prompts file, with settings of the tiny checkpoint's own."""
+
+    id: str
+    prompt: str
+    negative_prompt: str
+    seed: int
+    guidance_scale: float = 4.0
+    num_frames: int = 9
+    height: int = 48
+    width: int = 80
+    steps: int = 2
+    max_sequence_length: int = 24
+
+
+REQUESTS = (
+    Request("a", "a red circle moving left on the sea", "grey", 3),
+    Request("b", "the cat on the sky", "a red circle", 8),
+    Request("c", "a white square", "", 9),
+    Request("unguided", "a red circle", "grey", 4, guidance_scale=1.0),
+    Request("short", "a red circle", "grey", 5, num_frames=5),
+    Request("d", "a cat moving left", "the sea", 6),
+    Request("e", "grey sky", "red", 7),
+)
+# Which of them are denoised together, by `parallel.batch`.
+BATCHES = {
+    1: [{request.id} for request in REQUESTS],
+    2: [{"a", "b"}, {"c"}, {"unguided"}, {"short"}, {"d", "e"}],
+    3: [{"a", "b", "c"}, {"unguided"}, {"short"}, {"d", "e"}],
+}
+
+
+@pytest.fixture(scope="module")
+def requests(tiny: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, np.ndarray]]:
+    """The prompts file of REQUESTS, and the frames that diffusers' own pipeline makes of each by itself."""
+    import torch
+    from diffusers import WanPipeline
+
+    pipe = WanPipeline.from_pretrained(tiny[0])
+    pipe.set_progress_bar_config(disable=True)
+    frames = {}
+    for request in REQUESTS:
+        settings = asdict(request)
+        own, steps = settings.pop("id"), settings.pop("steps")
+        generator = torch.Generator().manual_seed(settings.pop("seed"))
+        video = pipe(**settings, num_inference_steps=steps, generator=generator, output_type="np").frames[0]
+        frames[own] = (video * 255).round().astype(int)
+    file = tmp_path_factory.mktemp("requests") / "requests.jsonl"
+    file.write_text("".join(json.dumps(asdict(request)) + "\n" for request in REQUESTS))
+    return file, frames
+
+
+def test_frames_equal_diffusers_with_replicas_halves_of_guidance_and_batches(
+    tiny: tuple[Path, Path], requests: tuple[Path, dict[str, np.ndarray]], tmp_path: Path
+) -> None:
+    prompts, frames = requests
+    codes = mpirun(4, "program_in_groups", str(tiny[0]), str(prompts), str(tmp_path))
+    assert len(codes) == 18 and set(codes.values()) == {0}
+    for layout in codes:
+        for own, expected in frames.items():
+            with h5py.File(tmp_path / layout / "videos" / f"{own}.h5") as file:
+                assert abs(file["frames"][:].astype(int) - expected).max() <= 1, f"{own} on {layout}"
+                names, ranks = (set(file["trace/events"][column]) for column in ("name", "rank"))
+                plan = json.loads(file.attrs["plan"])
+            replicas, cfg, sequence, batch = map(int, re.findall(r"\d+", layout))
+            assert [plan["replicas"], plan["cfg"], plan["sequence"]] == [replicas, cfg, sequence]
+            assert (b"exchange cfg" in names) == (cfg == 2 and own != "unguided"), f"{own} on {layout}"
+            assert plan["batch"] == len(next(part for part in BATCHES[batch] if own in part)), f"{own} on {layout}"
+            assert len(ranks) == cfg * sequence, "one group has rendered it"
+            nodes = {rank // batch for rank in ranks} if cfg == 1 else set()
+            assert cfg == 2 or (plan["inter"] != "none") == (len(nodes) > 1), f"{own} on {layout}: {plan['inter']}"
+
+
+def test_the_queue_hands_every_job_out_once_and_rank_0_hears_of_all() -> None:
+    for took, heard in mpirun(4, "queue", timeout_s=60):
+        assert sorted(chain(*took)) == list(range(200))
+        assert sorted(chain(*heard)) == list(range(200))
+        assert took[0] and took[2], "no group is left out"
+
+
+@pytest.mark.parametrize("videos", [1, 50], ids=["one group is idle", "all groups are busy"])
+def test_a_stop_that_one_rank_hears_of_ends_all_groups(tiny: tuple[Path, Path], tmp_path: Path, videos: int) -> None:
+    prompts = tmp_path / "p.txt"
+    prompts.write_text("a red circle\n" * videos)
+    args = str(tiny[0]), str(prompts), str(tmp_path / "out")
+    assert mpirun(4, "stop_in_a_group", *args, timeout_s=90) == [[75] * 4]
+    log = (tmp_path / "out" / "run.log").read_text()
+    assert "stopped on request (SIGTERM)" in log
+    assert log.count(": starts") == min(videos, 2) and ": done" not in log

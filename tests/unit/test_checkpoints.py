@@ -34,7 +34,7 @@ def test_defaults_for_keys_that_a_configuration_leaves_out_are_those_of_diffuser
 
 def test_a_random_checkpoint_is_whole_and_of_the_sizes_asked_for(tmp_path: Path) -> None:
     folder = inspect(make_wan(tmp_path, heads=3, head_dim=10, layers=4, rope_rows=20, z_dim=5))
-    assert shape(folder) == ModelShape(4, 3, 10, 5, (1, 2, 2), 4, 8, max_patches=20, multiple=16)
+    assert shape(folder) == ModelShape(4, 3, 10, 5, (1, 2, 2), 4, 8, 20, 16, ffn_dim=44)
 
 
 def test_a_random_checkpoint_is_the_same_each_time_and_leaves_the_generator_alone(tmp_path: Path) -> None:

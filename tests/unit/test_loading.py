@@ -25,11 +25,11 @@ def test_a_whole_checkpoint_passes(wan: Path) -> None:
     assert folder.files[MODEL_WEIGHTS] == (wan / MODEL_WEIGHTS).stat().st_size
     assert folder.transformer["num_layers"] == 3
     assert folder.scheduler["flow_shift"] == 3.0
-    assert shape(folder) == ModelShape(3, 5, 14, 16, (1, 2, 2), 4, 8, max_patches=30, multiple=16)
+    assert shape(folder) == ModelShape(3, 5, 14, 16, (1, 2, 2), 4, 8, 30, 16, ffn_dim=13824)
 
 
 def test_the_demo_model_passes() -> None:
-    assert shape(inspect(demo_model())) == ModelShape(6, 12, 24, 8, (1, 2, 2), 4, 8, max_patches=64, multiple=16)
+    assert shape(inspect(demo_model())) == ModelShape(6, 12, 24, 8, (1, 2, 2), 4, 8, 64, 16, ffn_dim=768)
 
 
 def test_the_check_needs_neither_torch_nor_diffusers(wan: Path) -> None:

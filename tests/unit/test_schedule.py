@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hpcdit.attention.check import ScheduleError, check
 from hpcdit.attention.methods import METHODS, degrees, schedule
-from hpcdit.attention.schedule import Attend, Piece, Pull, Push, Schedule, ScheduleError, Step, check
+from hpcdit.attention.schedule import Attend, Piece, Pull, Push, Schedule, Step
 from hpcdit.errors import InputError
 from hpcdit.mesh import Mesh, cut
 

@@ -35,13 +35,16 @@ def test_one_rank_takes_its_one_call() -> None:
     assert found.inter_bytes == found.intra_bytes == 0
 
 
-def test_two_nodes_of_ulysses_pay_for_each_transfer_and_the_whole_computation() -> None:
-    shape, latency_s = Shape(1, 100, 2, 8), 0.25
+@pytest.mark.parametrize(("latency_s", "gaps"), [(1e-4, 2), (0.25, 0)])
+def test_two_nodes_of_ulysses_pay_for_each_transfer_and_the_whole_computation(latency_s: float, gaps: int) -> None:
+    """gaps: between three pieces, while word comes back that one is there; a long link has all under way at once."""
+    shape = Shape(1, 100, 2, 8)
     costs = replace(COSTS, inter=Link(latency_s, 1e6))
     found = simulate(Layout("ulysses", 2, 1).schedule(), shape, (0, 1), costs, 4)
     piece_s = 50 * 1 * 8 * 4 / 1e6
+    leaving_s = 3 * piece_s + gaps * 2 * latency_s
     assert found.compute_s == pytest.approx(100 * 100 * 1 * 4 * 8 / 1e9)
-    assert found.seconds == pytest.approx(3 * piece_s + latency_s + found.compute_s + piece_s + latency_s)
+    assert found.seconds == pytest.approx(leaving_s + latency_s + found.compute_s + piece_s + latency_s)
 
 
 def test_ranks_of_a_node_share_its_link() -> None:

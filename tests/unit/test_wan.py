@@ -70,6 +70,7 @@ class Member:
     def __init__(self, group: Group, rank: int) -> None:
         self.group, self.rank, self.tokens = group, rank, group.ranks[rank]
         self.published: dict[str, torch.Tensor] = {}
+        self.tensors = "vkq"
         self.order: list[str] = []
 
     def publish(self, name: str, x: torch.Tensor) -> None:
@@ -224,11 +225,13 @@ def test_without_the_exchange_of_keys_and_values_the_frames_differ(several: list
         assert levels_apart(frames, reference(unipc, Case())) > 20
 
 
-def test_values_are_published_first_and_queries_last_in_every_layer(tiny: Wan) -> None:
+@pytest.mark.parametrize("tensors", ["vkq", "qvk"])
+def test_tensors_are_published_in_the_order_that_is_asked_for(tiny: Wan, tensors: str) -> None:
     case = Case(guidance_scale=1.0, steps=2)
     sequence = alone(tiny, case)
+    sequence.tensors = tensors
     render(tiny, case, sequence)
-    assert sequence.order == ["v", "k", "q"] * tiny.shape.layers * case.steps
+    assert sequence.order == list(tensors) * tiny.shape.layers * case.steps
 
 
 def test_prompt_size_and_seed_all_show(tiny: Wan) -> None:

@@ -1,0 +1,193 @@
+"""Ranks that wait for each other and talk to each other: the whole world, or a part of it.
+
+Every wait polls and naps: MPI's own blocking calls spin, which takes the cores from the ranks that compute, and they
+cannot be left when a peer is gone. While it waits, a rank watches the heartbeats of the ranks it waits for.
+"""
+
+import contextlib
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, TypeVar, cast
+
+import numpy as np
+from mpi4py import MPI
+
+from .errors import InputError
+from .heartbeats import CHECK_S, Heartbeats
+from .service import Service
+
+T = TypeVar("T")
+
+NAP_S = 50e-6, 1e-3  # first and longest nap of a wait
+SWAP = 78  # tag
+
+
+def split(comm: MPI.Comm, color: int, key: int) -> MPI.Intracomm:
+    """The ranks of `comm` with the same `color`, ordered by `key`."""
+    found = comm.Split(color, key)
+    assert isinstance(found, MPI.Intracomm)
+    return found
+
+
+@dataclass
+class Life:
+    """What all groups of a process share. blocked: looks at heartbeats while the main thread is in a call of MPI."""
+
+    beats: Heartbeats
+    service: Service
+    cores: int
+    timeout_s: float = 60.0  # until the configuration is known
+    blocked: Iterator[None] | None = None
+
+
+class Group:
+    """Some ranks of the world, numbered in its order.
+
+    members: their ranks in the world, by rank in the group; hosts: the number of each one's host. Every `peers` and
+    `root` is a rank in the group; what is said of a lost rank names its rank in the world.
+    """
+
+    def __init__(self, comm: MPI.Intracomm, members: Sequence[int], hosts: Sequence[int], life: Life) -> None:
+        self.comm, self.members, self.hosts, self._life = comm, tuple(members), tuple(hosts), life
+        self.rank, self.size = comm.rank, comm.size
+        self.service, self.cores = life.service, life.cores
+
+    @property
+    def timeout_s(self) -> float:
+        """Seconds until a rank without a sign of life counts as lost; one value for all groups of a process."""
+        return self._life.timeout_s
+
+    @timeout_s.setter
+    def timeout_s(self, seconds: float) -> None:
+        self._life.timeout_s = seconds
+
+    def part(self, count: int) -> "Group":
+        """The part that this rank is in when the ranks are cut into `count` consecutive parts of one size."""
+        if self.size % count:
+            raise ValueError(f"{self.size} ranks cannot be cut into {count} parts of one size")
+        each = self.size // count
+        first = self.rank // each * each
+        with self.blocking("the groups"):
+            comm = split(self.comm, first, self.rank)
+        return Group(comm, self.members[first : first + each], self.hosts[first : first + each], self._life)
+
+    def close(self) -> None:
+        """Collective over the group."""
+        with self.blocking("the end of a group"):
+            self.comm.Free()
+
+    def _watch(self, peers: Sequence[int], what: str) -> Iterator[None]:
+        return self._life.beats.watch([self.members[peer] for peer in peers], what, self.timeout_s)
+
+    def wait(self, done: Callable[[], bool], peers: Sequence[int], what: str, nap_s: float = NAP_S[0]) -> None:
+        """Polls `done` with naps until it holds. Raises PeerLost if one of `peers` is silent for timeout_s, or gone."""
+        watch, check = None, time.monotonic() + CHECK_S
+        with self.talking(what):
+            while not done():
+                time.sleep(nap_s)
+                nap_s = min(nap_s * 1.2, NAP_S[1])
+                if time.monotonic() > check:
+                    watch = watch or self._watch(peers, what)
+                    next(watch)
+
+    @contextlib.contextmanager
+    def talking(self, what: str) -> Iterator[None]:
+        """Around calls that talk to other ranks: PeerLost instead of MPI's error when a connection is broken."""
+        try:
+            yield
+        except MPI.Exception as error:
+            if (found := self._lost(error, what)) is error:
+                raise
+            raise found from error
+
+    def _lost(self, error: MPI.Exception, what: str) -> Exception:
+        return self._life.beats.lost(error, self.members, what, self.timeout_s)
+
+    @contextlib.contextmanager
+    def blocking(self, what: str) -> Iterator[None]:
+        """Around collective calls of MPI that cannot be polled: the service thread ends the run if a peer is lost."""
+        self.barrier(what)  # so that the call itself is short, and a late rank is waited for without spinning
+        self._life.blocked = self._watch(range(self.size), what)
+        try:
+            with self.talking(what):
+                yield
+        finally:
+            self._life.blocked = None
+
+    def complete(
+        self, start: Callable[[], MPI.Request], peers: Sequence[int], what: str, nap_s: float = NAP_S[0]
+    ) -> None:
+        """Starts a request, and waits for its end as `wait` does."""
+        with self.talking(what):
+            request = start()
+        self.wait(request.Test, peers, what, nap_s)
+
+    def barrier(self, what: str) -> None:
+        self.complete(self.comm.Ibarrier, range(self.size), what)
+
+    def swap(self, mine: np.ndarray, peer: int, what: str) -> np.ndarray:
+        """The array that `peer` gives as this rank gives `mine`: of the same size, as bytes are all that is seen."""
+        theirs = np.empty_like(mine)
+        with self.talking(what):
+            requests = [
+                self.comm.Irecv([theirs, MPI.BYTE], peer, SWAP),
+                self.comm.Isend([mine, MPI.BYTE], peer, SWAP),
+            ]
+        self.wait(lambda: MPI.Request.Testall(requests), [peer], what)
+        return theirs
+
+    def broadcast(self, value: Any, what: str, root: int = 0) -> Any:
+        """`value` of `root` on every rank, as JSON carries it."""
+        data = np.frombuffer(json.dumps(value).encode(), np.uint8).copy() if self.rank == root else None
+        size = np.array([0 if data is None else len(data)], np.int64)
+        self.complete(lambda: self.comm.Ibcast(size, root), [root], what)
+        content = np.empty(size[0], np.uint8) if data is None else data
+        self.complete(lambda: self.comm.Ibcast(content, root), [root], what)
+        return json.loads(content.tobytes())
+
+    def agree(self, first: Callable[[], Any], what: str) -> Any:
+        """What `first` returns on rank 0, on every rank; an InputError of it is raised on every rank."""
+        answer: dict[str, Any] = {}
+        if self.rank == 0:
+            try:
+                answer = {"value": first()}
+            except InputError as error:
+                answer = {"error": str(error)}
+        answer = self.broadcast(answer, what)
+        if "error" in answer:
+            raise InputError(answer["error"])
+        return answer["value"]
+
+    def together(self, body: Callable[[], T], what: str) -> T:
+        """What `body` returns on this rank; an InputError of any rank's `body` is raised on every rank."""
+        error, value = "", None
+        try:
+            value = body()
+        except InputError as wrong:
+            error = str(wrong)
+        if self.largest(bool(error), what):
+            said = self.gather(error.encode(), 0, what)
+            raise InputError(self.broadcast(next((text.decode() for text in said if text), ""), what))
+        return cast(T, value)
+
+    def largest(self, value: float, what: str) -> float:
+        """The largest `value` of all ranks, on all ranks."""
+        mine, found = np.array([float(value)]), np.empty(1)
+        self.complete(lambda: self.comm.Iallreduce(mine, found, MPI.MAX), range(self.size), what)
+        return float(found[0])
+
+    def gather(self, data: bytes, root: int, what: str) -> list[bytes]:
+        """All ranks' `data` by rank on `root`; an empty list elsewhere."""
+        size, sizes = np.array([len(data)], np.int64), np.empty(self.size, np.int64)
+        self.complete(lambda: self.comm.Iallgather(size, sizes), range(self.size), what)
+        every = np.empty(int(sizes.sum()) if self.rank == root else 0, np.uint8)
+        starts = np.concatenate([[0], np.cumsum(sizes)])
+        into = [every, sizes.tolist(), starts[:-1].tolist(), MPI.BYTE] if self.rank == root else None
+        send = np.frombuffer(data, np.uint8)
+        self.complete(lambda: self.comm.Igatherv([send, MPI.BYTE], into, root), range(self.size), what)
+        if self.rank != root:
+            return []
+        return [every[a:b].tobytes() for a, b in pairwise(starts)]

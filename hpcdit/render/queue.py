@@ -1,0 +1,112 @@
+"""Which group renders what: one queue at rank 0, from which groups take jobs without ever waiting for each other."""
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from ..desk import Desk
+from ..errors import Stopped
+from ..group import Group
+from ..stop import StopRequest
+from .manifest import Job
+
+GOES_ON, STOPS = 0, 1  # what the desk's bell says
+
+
+def batches(jobs: Sequence[Job], most: int) -> list[list[int]]:
+    """Positions of up to `most` jobs that follow each other and can be denoised together: all but text and seed equal.
+
+    fps counts for the file alone.
+    """
+    found: list[list[int]] = []
+    last: tuple[float, ...] = ()
+    for position, job in enumerate(jobs):
+        s = job.sampling
+        kind = (s.num_frames, s.height, s.width, s.steps, s.guidance_scale, s.max_sequence_length)
+        if found and kind == last and len(found[-1]) < most:
+            found[-1].append(position)
+        else:
+            found.append([position])
+        last = kind
+    return found
+
+
+class Queue:
+    """One rank's access to the queue of a run; the leader of each group takes from it and tells how it goes.
+
+    A signal to stop, whichever rank it reaches, is told to rank 0, and from there to every rank.
+    """
+
+    def __init__(
+        self, world: Group, groups: int, todo: Sequence[Sequence[int]], stop: StopRequest,
+        hear: Callable[[dict[str, Any]], None] | None,
+    ) -> None:  # fmt: skip
+        """todo: what to hand out, in this order, and `hear`: what to do with notes, in the main thread; on rank 0.
+
+        Collective over the world.
+        """
+        self._world, self._stop, self._hear = world, stop, hear
+        self._left, self._notes = deque(todo), deque[dict[str, Any]]()
+        self._working, self._cut, self._by = groups, False, ""
+        self._told = False
+        self._desk = Desk(world)
+        self._desk.open(self._answer)
+
+    def _answer(self, note: dict[str, Any]) -> Any:
+        """Rank 0's answer, in the service thread or its main thread."""
+        match note.pop("kind"):
+            case "next":
+                return self._left.popleft() if self._left and not self._by else []
+            case "stop":
+                self._by = self._by or note["by"]
+                self._desk.ring(STOPS)
+            case "end":
+                self._cut = self._cut or note["cut"]
+                self._working -= 1
+            case "note":
+                self._notes.append(note["note"])
+        return None
+
+    def next(self) -> list[int]:
+        """What a leader's group is to render next; empty if nothing is left or the run stops."""
+        return list(self._desk.ask({"kind": "next"}, "the next videos"))
+
+    def tell(self, **note: Any) -> None:
+        """A leader's note for the report of rank 0."""
+        self._desk.tell({"kind": "note", "note": note})
+        self._listen()
+
+    def _listen(self) -> None:
+        while self._notes and self._hear:
+            self._hear(self._notes.popleft())
+
+    def stopping(self) -> bool:
+        """Whether this rank has heard that the run is to stop, by a signal or from the desk."""
+        if self._stop.by and not self._told:
+            self._told = True
+            self._desk.tell({"kind": "stop", "by": self._stop.by})
+        return bool(self._stop.by) or self._desk.rung() == STOPS
+
+    def end(self, leader: bool, cut: bool) -> None:
+        """Returns when all groups have ended. Raises Stopped on all ranks if any had to give up videos; collective.
+
+        cut: whether this group gave up what it was at.
+        """
+        if leader:
+            self._desk.tell({"kind": "end", "cut": cut})
+        world, what = self._world, "other groups to end"
+        if world.rank == 0:
+            world.wait(self._ended, range(world.size), what)
+            self._listen()
+            self._desk.ring(GOES_ON)
+        else:  # a signal that reaches a rank whose group has nothing left is for the others, too
+            world.wait(lambda: bool(self.stopping() or self._desk.rung() >= 0), range(world.size), what)
+        self._desk.close()
+        given_up, by = world.broadcast([self._cut or bool(self._left), self._by], what)
+        if given_up:
+            raise Stopped(f"stopped on request{f' ({by})' * bool(by)}; the same command resumes")
+
+    def _ended(self) -> bool:
+        self._listen()
+        self.stopping()
+        return self._working == 0
