@@ -48,9 +48,12 @@ class Parallel:
     method: str
     replicas: int | None
     cfg: int | None
+    batch: int | None
     pipeline: int | None
     ulysses: int | None
     ring: int | None
+    pieces: int | None
+    groups: int | None
 
 
 @dataclass(frozen=True)
@@ -64,10 +67,18 @@ class Transport:
 
 @dataclass(frozen=True)
 class ClusterSpec:
-    """The cluster as it was told; None: as found."""
+    """The cluster as it was told; None: as found, or measured. `costs`: in users' units, see planner.presets."""
 
     nodes: int | None
     ranks_per_node: int | None
+    costs: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class PlanSpec:
+    """What mode=plan plans for; `videos` None: as many as the prompts file has."""
+
+    videos: int | None
 
 
 @dataclass(frozen=True)
@@ -86,11 +97,14 @@ class Trace:
     level: int
 
 
+DEFAULT_CLUSTER = "4x8-h100"  # whose costs mode=plan takes where none are given
+
 PARTS = {
     "model": Model,
     "parallel": Parallel,
     "transport": Transport,
     "cluster": ClusterSpec,
+    "plan": PlanSpec,
     "output": Output,
     "trace": Trace,
 }
@@ -108,6 +122,7 @@ class Config:
     parallel: Parallel
     transport: Transport
     cluster: ClusterSpec
+    plan: PlanSpec
     output: Output
     trace: Trace
 
@@ -158,6 +173,18 @@ def resolve_sampling(config: Config, family: str) -> Sampling:
     return Sampling(**values)
 
 
+def planned_costs(config: Config) -> tuple[dict[str, Any], str]:
+    """What the cluster costs, in users' units, where nothing can be measured; and in words, whose figures they are."""
+    default = dict(OmegaConf.load(conf_dir() / "cluster" / f"{DEFAULT_CLUSTER}.yaml").costs)
+    given = {key: value for key, value in config.cluster.costs.items() if value is not None}
+    if not given:
+        return default, f"the figures of cluster={DEFAULT_CLUSTER}, since none are given"
+    missing = [key for key in default if key not in given]
+    if missing:
+        return {**default, **given}, f"as given, the rest ({', '.join(missing)}) as of cluster={DEFAULT_CLUSTER}"
+    return given, "as given"
+
+
 def conf_dir() -> Path:
     """The folder of the configuration files: inside the installed package, or beside it in a checkout."""
     package = Path(__file__).resolve().parent
@@ -201,7 +228,7 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def _checked(values: Mapping[str, Any]) -> Config:
     """Every key against its rule; a key that a configuration file of the user's leaves out counts as null."""
     flat = _flat(values)
-    for part in ("model.sampling", "model.shape"):  # may be null as a whole
+    for part in ("model.sampling", "model.shape", "cluster.costs"):  # may be null as a whole
         if flat.get(part, "") is None:
             del flat[part]
     unknown = next((key for key in flat if key not in RULES), None)

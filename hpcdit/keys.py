@@ -112,6 +112,7 @@ def _sampling(null: str | None = None) -> dict[str, Rule]:
 SAMPLING_RULES: Mapping[str, Rule] = _sampling()
 
 PLANNER = "the planner chooses"
+MEASURED = "measured"
 ONLY_ONE = "other values are not supported yet"
 
 RULES: Mapping[str, Rule] = {
@@ -125,22 +126,38 @@ RULES: Mapping[str, Rule] = {
     "model.shape.layers": _integer(1, 10_000),
     "model.shape.heads": _integer(1, 10_000),
     "model.shape.head_dim": _integer(1, 10_000),
+    "model.shape.ffn_dim": _integer(1, 1_000_000, null="4 x heads x head_dim"),
     "model.shape.latent_channels": _integer(1, 10_000),
     "model.shape.patch": _patch(),
     "model.shape.vae_temporal": _integer(1, 1000),
     "model.shape.vae_spatial": _integer(1, 1000),
     **{f"sampling.{key}": rule for key, rule in _sampling(null="the model's own default").items()},
     "parallel.method": _choice("auto", "torus", "tas", "usp", "ulysses", "ring"),
-    "parallel.replicas": _integer(1, 1, null=f"{PLANNER}; {ONLY_ONE}"),
-    "parallel.cfg": _integer(1, 1, null=f"{PLANNER}; {ONLY_ONE}"),
+    "parallel.replicas": _integer(1, null=PLANNER),
+    "parallel.cfg": _integer(1, 2, null=PLANNER),
+    "parallel.batch": _integer(1, 10_000, null="1"),
     "parallel.pipeline": _integer(1, 1, null=f"{PLANNER}; {ONLY_ONE}"),
     "parallel.ulysses": _integer(1, null=PLANNER),
     "parallel.ring": _integer(1, null=PLANNER),
+    "parallel.pieces": _integer(0, 10_000, null=PLANNER),
+    "parallel.groups": _integer(1, 10_000, null=PLANNER),
     "transport.kind": _choice("auto", "mpi", "nvshmem"),
     "transport.inter": _choice("auto", "rma", "persistent"),
     "transport.timeout_s": _number(above=0),
     "cluster.nodes": _integer(1, null="as found"),
     "cluster.ranks_per_node": _integer(1, null="as found"),
+    "cluster.costs.inter_latency_us": _number(null=MEASURED),
+    "cluster.costs.inter_gb_s": _number(above=0, null=MEASURED),
+    "cluster.costs.intra_latency_us": _number(null=MEASURED),
+    "cluster.costs.intra_gb_s": _number(above=0, null=MEASURED),
+    "cluster.costs.attention_tflops": _number(above=0, null=MEASURED),
+    "cluster.costs.matmul_tflops": _number(above=0, null=MEASURED),
+    "cluster.costs.call_us": _number(null=MEASURED),
+    "cluster.costs.lanes": _integer(1, 100_000, null=MEASURED),
+    "cluster.costs.tile": _integer(1, 100_000, null=MEASURED),
+    "cluster.costs.copy_gb_s": _number(above=0, null=MEASURED),
+    "cluster.costs.memory_gb": _number(above=0, null=MEASURED),
+    "plan.videos": _integer(1, 10_000_000, null="as many as the prompts file has, 1 without one"),
     "output.dir": _path("a folder"),
     "output.compression": _choice("gzip", "lzf", "none"),
     "output.video": _choice("none", "mp4"),

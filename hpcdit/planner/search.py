@@ -1,49 +1,123 @@
-"""Which method and which degrees a run uses: all legal layouts of a group, ranked.
+"""Which layout renders a batch soonest: all legal ones, bounded from below, the promising ones simulated.
 
-Ranked by what can be counted from the schedules themselves: how evenly they share the work, then the elements that
-cross nodes while nothing hides them, then all elements that cross nodes, then those that stay inside, then the number
-of attention calls.
+The batch is cut over `replicas` groups of ranks, guided steps perhaps over `cfg` halves of a group, the attention of
+each by one of the methods. What counts is the makespan of the whole batch, under the memory of a rank.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import replace
+from heapq import heappop, heappush
 
-from ..attention.methods import METHODS, degrees, schedule
-from ..attention.schedule import Attend, Schedule, Shape, traffic
-from ..mesh import cut
+from ..attention.schedule import Shape
+from ..errors import InputError
+from .costs import Costs, Link
+from .groups import Fixed, Group, groupings
+from .plans import Plan
+from .price import Candidate, Pricer, rounds_of, step_s
+from .reasons import too_large, why_not
+from .space import Bound, bound, layouts
+from .workload import Workload
+
+NEAR = 1.015  # what is so near to the best is as good: layouts are left unsimulated, simpler ones preferred, each once
+NEARLY = 1.05  # the same, for plans that are only to be told of
+RIVALS = 5  # runners-up that are told of
 
 
-@dataclass(frozen=True)
-class Plan:
-    """How a group of ranks shares one attention layer, and what that costs.
+def plan_batch(work: Workload, nodes: Sequence[int], costs: Costs, fixed: Fixed | None = None) -> Plan:
+    """The plan that renders the batch soonest on ranks that lie on `nodes`.
 
-    imbalance: the work of the busiest rank / the mean, 1 is even. inter, intra: elements of one layer that cross
-    nodes or stay inside, all ranks together; exposed: those of `inter` that no computation hides; calls: of the
-    attention kernel, on one rank.
+    What `fixed` gives stays as it is. The same arguments give the same plan on every rank.
+    Raises InputError where no layout is legal, or none fits into memory: one line that says what would.
     """
+    fixed = fixed or Fixed()
+    found, refused = list[Candidate](), list[InputError]()
+    for group in groupings(nodes, work.guided, fixed):
+        try:
+            found += _candidates(group, work, costs, fixed)
+        except InputError as error:  # degrees that do not fit this group may fit another
+            refused.append(error)
+    if not found:
+        raise refused[-1]  # of the largest group, which is what the user has in mind
+    return _best(found, work, costs)
 
-    method: str
-    ulysses: int
-    ring: int
-    imbalance: float
-    exposed: int
-    inter: int
-    intra: int
-    calls: int
 
-    def schedule(self) -> Schedule:
-        return schedule(self.method, self.ulysses, self.ring)
+def plan_group(work: Workload, nodes: Sequence[int], costs: Costs, fixed: Fixed | None = None, share: int = 1) -> Plan:
+    """The plan for one group whose ranks lie on `nodes`: replicas and cfg are decided, the shape is another.
 
-    def rank_by(self) -> tuple[int, ...]:
-        """What decides between plans, the smaller the better. Imbalance counts in steps of 5 %."""
-        return round(self.imbalance * 20), self.exposed, self.inter, self.intra, self.calls
+    fixed.replicas, fixed.cfg: those of the run; share: groups that use a node's link at the same time.
+    """
+    fixed = fixed or Fixed()
+    group = Group(fixed.replicas or 1, fixed.cfg or 1, tuple(node - nodes[0] for node in nodes), share, apart=True)
+    return _best(_candidates(group, work, costs, fixed), work, costs)
 
-    def describe(self) -> dict[str, Any]:
-        return asdict(self)
 
-    def __str__(self) -> str:
-        return f"{self.method} {self.ulysses} x {self.ring}"
+def _candidates(group: Group, work: Workload, costs: Costs, fixed: Fixed) -> list[Candidate]:
+    bounds: dict[tuple[str, int, int], Bound] = {}
+    found = []
+    for layout in layouts(group, work.heads, fixed):
+        family = (layout.method, layout.ulysses, layout.ring)
+        if family not in bounds:
+            bounds[family] = bound(*family, group, work, costs)
+        limit = bounds[family]
+        least = rounds_of(group, work) * step_s(group, work, costs, limit.seconds)
+        memory = work.memory_bytes(layout.ulysses, layout.ring, limit.stored)
+        found.append(Candidate(group, layout, limit, least, memory))
+    return found
+
+
+def _best(found: list[Candidate], work: Workload, costs: Costs) -> Plan:
+    """Simulates candidates from the lowest bound on, until no other can be better; returns the best with its rivals."""
+    fitting = sorted((c for c in found if c.memory <= costs.memory_bytes), key=Candidate.order)
+    if not fitting:
+        leanest = min(found, key=lambda c: c.memory)
+        raise too_large(work, costs, max(c.group.size for c in found), leanest.memory)
+    price = Pricer(work, costs)
+    priced = _explore(fitting, price)
+    soonest = min(plan.makespan_s for plan, _ in priced)
+    near = [pair for pair in priced if pair[0].makespan_s <= soonest * NEAR]
+    best, chosen = min(near, key=lambda pair: (pair[0].idle, *pair[1].tie()))
+    for method in {c.layout.method: c for c in fitting}:  # the best of each, however far behind
+        if method != chosen.layout.method:
+            priced += _explore([c for c in fitting if c.layout.method == method], price, NEARLY)
+    rivals = dict[tuple[int, int, str], Plan]()
+    for plan, candidate in sorted(priced, key=lambda pair: (pair[0].makespan_s, *pair[1].tie())):
+        first_of_method = candidate.layout.method not in {method for _, _, method in rivals}
+        if candidate.kind() != chosen.kind() and (first_of_method or len(rivals) < RIVALS):
+            rivals.setdefault(candidate.kind(), plan)
+    larger = [c for c in found if c.memory > costs.memory_bytes and c.least < best.makespan_s]
+    others = [price(min(larger)), *rivals.values()] if larger else list(rivals.values())
+    return replace(best, others=tuple(replace(p, why=why_not(p, best, costs.memory_bytes)) for p in others))
+
+
+def _explore(candidates: list[Candidate], price: Pricer, near: float = NEAR) -> list[tuple[Plan, Candidate]]:
+    """Simulates sorted candidates from the lowest bound on, until no other can be better by more than `near` says.
+
+    What is too large to be simulated is only estimated, and only where there is nothing else.
+    """
+    waiting, priced, large = candidates.copy(), list[tuple[Plan, Candidate]](), list[Candidate]()
+    soonest = float("inf")
+    while waiting and waiting[0].least * near <= soonest:
+        candidate = heappop(waiting)
+        if not price.affords(candidate) and not price.knows(candidate):
+            large.append(candidate)
+        elif not candidate.close:
+            heappush(waiting, price.closer(candidate))
+        else:
+            priced.append((price(candidate), candidate))
+            soonest = min(soonest, priced[-1][0].makespan_s)
+    return priced or [(price(large[0]), large[0])]
+
+
+def legal(work: Workload, nodes: Sequence[int], fixed: Fixed) -> None:
+    """Raises InputError where what `fixed` gives makes no legal layout, as plan_batch would; prices nothing."""
+    refused = list[InputError]()
+    for group in groupings(nodes, work.guided, fixed):
+        try:
+            layouts(group, work.heads, fixed)
+            return
+        except InputError as error:
+            refused.append(error)
+    raise refused[-1]
 
 
 def search(
@@ -53,63 +127,7 @@ def search(
     ulysses: int | None = None,
     ring: int | None = None,
 ) -> list[Plan]:
-    """All plans for one group on ranks that lie on `nodes`, the best first; those that the arguments fix stay fixed.
-
-    Raises InputError where no layout is legal, naming the key.
-    """
-    ranks = len(nodes)
-    if method != "auto":
-        free = ulysses is None and ring is None and method not in ("ulysses", "ring")
-        pairs = _pairs(ranks, shape.heads) if free else [degrees(method, ranks, shape.heads, ulysses, ring)]
-        return sorted((price(method, *pair, shape, nodes) for pair in pairs), key=Plan.rank_by)
-    given = ulysses is not None or ring is not None
-    pairs = [degrees("torus", ranks, shape.heads, ulysses, ring)] if given else _pairs(ranks, shape.heads)
-    # On a mesh of one axis the products are Ulysses or Ring by another name.
-    named = [("ulysses", u, r) if r == 1 else ("ring", u, r) for u, r in pairs if 1 in (u, r)]
-    both = [(name, u, r) for name in ("usp", "tas") for u, r in pairs if 1 not in (u, r)]
-    torus = [("torus", u, r) for u, r in pairs if len(set(nodes)) > 1 and u > 1]
-    return sorted((price(*layout, shape, nodes) for layout in named + both + torus), key=Plan.rank_by)
-
-
-def price(method: str, ulysses: int, ring: int, shape: Shape, nodes: Sequence[int]) -> Plan:
-    """Counts what `method` on ulysses x ring ranks costs."""
-    layout = schedule(method, ulysses, ring)
-    moved = traffic(layout, shape, nodes)
-    tokens, slots = cut(shape.length, len(nodes)), layout.heads(shape.heads)
-    work = [
-        len(slots[layout.own(rank)[0]])
-        * sum(len(tokens[q]) * len(tokens[kv]) for s in steps if isinstance(s, Attend) for q in s.q for kv in s.kv)
-        for rank, steps in enumerate(layout.ranks)
-    ]
-    mean = sum(work) / len(work)
-    hidden = METHODS[method][0].__name__ == "torus"
-    return Plan(
-        method=method,
-        ulysses=ulysses,
-        ring=ring,
-        imbalance=max(work) / mean if mean else 1.0,
-        exposed=0 if hidden else moved["inter"],
-        inter=moved["inter"],
-        intra=moved["intra"],
-        calls=sum(isinstance(step, Attend) for step in layout.ranks[0]),
-    )
-
-
-def _pairs(ranks: int, heads: int) -> list[tuple[int, int]]:
-    return [(d, ranks // d) for d in range(1, min(ranks, heads) + 1) if ranks % d == 0]
-
-
-def table(plans: Sequence[Plan], shape: Shape, itemsize: int, layers: int) -> str:
-    """The plans as text, the chosen one first, bytes of one pass through the model."""
-    head = "  method   ulysses x ring busiest/mean  across nodes   exposed    inside"
-    rows = [
-        f"sequence of {shape.length} tokens, {shape.heads} heads of {shape.dim}; MB of one pass, {layers} layers",
-        head,
-    ]
-    for n, plan in enumerate(plans):
-        mb = [f"{x * itemsize * layers / 1e6:.1f}" for x in (plan.inter, plan.exposed, plan.intra)]
-        rows.append(
-            f"{'>' if n == 0 else ' ':2}{plan.method:8} {f'{plan.ulysses} x {plan.ring}':>14} {plan.imbalance:>12.2f}"
-            f" {mb[0]:>13} {mb[1]:>9} {mb[2]:>9}"
-        )
-    return "\n".join(rows)
+    """The plan for one group, by the figures of no machine in particular: until costs are measured."""
+    work = Workload(shape.length, shape.heads, shape.dim, 1, 4 * shape.heads * shape.dim, batch=shape.batch)
+    costs = Costs(Link(1e-4, 1e9), Link(1e-5, 5e9), 5e10, 1e11, 2e-5, 1, 32, 5e9, 1e18)
+    return [plan_group(work, nodes, costs, Fixed(method, ulysses=ulysses, ring=ring))]

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from hpcdit.config import Config, Sampling, conf_dir, demo_model, demo_prompts, load, resolve_sampling
+from hpcdit.config import Config, Sampling, conf_dir, demo_model, demo_prompts, load, planned_costs, resolve_sampling
 from hpcdit.errors import InputError
 from hpcdit.keys import RULES
+from hpcdit.planner.presets import UNITS
 
 DEMO = Sampling(33, 96, 96, 10, 4.0, 0, 16, 64)
 WAN = Sampling(81, 480, 832, 50, 5.0, 0, 16, 512)
@@ -85,13 +87,16 @@ def test_a_model_group_other_than_the_demo_needs_a_folder() -> None:
     assert resolve_sampling(loaded("model=wan", "model.path=x"), "wan") == WAN
 
 
-@pytest.mark.parametrize(("group", "layers", "heads"), [("wan2.1-1.3b", 30, 12), ("wan2.1-14b", 40, 40)])
-def test_plans_need_no_checkpoint(group: str, layers: int, heads: int) -> None:
+@pytest.mark.parametrize(
+    ("group", "layers", "heads", "ffn_dim"), [("wan2.1-1.3b", 30, 12, 8960), ("wan2.1-14b", 40, 40, 13824)]
+)
+def test_plans_need_no_checkpoint(group: str, layers: int, heads: int, ffn_dim: int) -> None:
     config = loaded("mode=plan", f"model={group}", "cluster.nodes=4", "cluster.ranks_per_node=8")
     assert config.model.shape == {
         "layers": layers,
         "heads": heads,
         "head_dim": 128,
+        "ffn_dim": ffn_dim,
         "latent_channels": 16,
         "patch": [1, 2, 2],
         "vae_temporal": 4,
@@ -175,8 +180,9 @@ REFUSED: dict[str, tuple[Any, ...]] = {  # arguments, and what the line must hol
     "too fast": (["sampling.fps=241"], "sampling.fps=241"),
     "unknown method": (["parallel.method=usps"], "auto, torus, tas, usp, ulysses or ring"),
     "no ranks": (["parallel.ulysses=0"], "parallel.ulysses=0: must be an integer, 1 or more"),
-    "two halves": (["parallel.cfg=2"], "parallel.cfg=2", "not supported yet"),
-    "two replicas": (["parallel.replicas=2"], "parallel.replicas=2", "not supported yet"),
+    "three halves": (["parallel.cfg=3"], "parallel.cfg=3", "1 to 2"),
+    "no replica": (["parallel.replicas=0"], "parallel.replicas=0", "1 or more"),
+    "no video": (["parallel.batch=0"], "parallel.batch=0", "1 to"),
     "two stages": (["parallel.pipeline=2"], "parallel.pipeline=2", "not supported yet"),
     "unknown dtype": (["model.dtype=float64"], "model.dtype='float64': must be float32, bfloat16 or float16"),
     "unknown kind": (["transport.kind=tcp"], "auto, mpi or nvshmem"),
@@ -184,6 +190,13 @@ REFUSED: dict[str, tuple[Any, ...]] = {  # arguments, and what the line must hol
     "no time": (["transport.timeout_s=0"], "transport.timeout_s=0: must be a number, more than 0"),
     "endless time": (["transport.timeout_s=inf"], "transport.timeout_s=inf"),
     "no node": (["cluster.nodes=0"], "cluster.nodes=0"),
+    "unknown preset": (["cluster=8x8-h100"], "cluster=8x8-h100", "4x8-a100, 4x8-h100, default, ethernet, one-node"),
+    "no bandwidth": (["cluster.costs.inter_gb_s=0"], "cluster.costs.inter_gb_s=0: must be a number, more than 0"),
+    "no lanes": (["cluster.costs.lanes=1.5"], "cluster.costs.lanes=1.5: must be an integer", "null (measured)"),
+    "misspelt cost": (["cluster.costs.inter_gbs=1"], "did you mean cluster.costs.inter_gb_s?"),
+    "negative pieces": (["parallel.pieces=-1"], "parallel.pieces=-1: must be an integer, 0 to"),
+    "no groups": (["parallel.groups=0"], "parallel.groups=0: must be an integer, 1 to"),
+    "no videos": (["plan.videos=0"], "plan.videos=0: must be an integer, 1 to"),
     "no ranks a node": (
         ["cluster.ranks_per_node=0"],
         "cluster.ranks_per_node=0: must be an integer, 1 or more",
@@ -246,6 +259,24 @@ def test_a_configuration_file_of_the_user_s_is_checked_like_ours(tmp_path: Path)
     assert (cluster.nodes, cluster.ranks_per_node) == (None, 4)
     assert "cluster.ranks_a_node: unknown key" in refusal(*use, "cluster=misspelt")
     assert "broken.yaml" in refusal(*use, "cluster=broken")
+
+
+@pytest.mark.parametrize("preset", [f.stem for f in (conf_dir() / "cluster").glob("*.yaml") if f.stem != "default"])
+def test_a_preset_says_all_of_a_cluster_and_any_of_it_can_be_said_otherwise(preset: str) -> None:
+    spec = loaded("mode=plan", f"cluster={preset}").cluster
+    assert None not in (spec.nodes, spec.ranks_per_node, *spec.costs.values())
+    assert set(spec.costs) == set(UNITS)
+    other = loaded("mode=plan", f"cluster={preset}", "cluster.costs.inter_gb_s=12.5", "cluster.nodes=7").cluster
+    assert other == replace(spec, nodes=7, costs={**spec.costs, "inter_gb_s": 12.5})
+
+
+def test_costs_that_nobody_gave_are_those_of_a_preset_that_is_named() -> None:
+    costs, whose = planned_costs(loaded("mode=plan"))
+    assert costs == loaded("cluster=4x8-h100").cluster.costs and "4x8-h100" in whose
+    costs, whose = planned_costs(loaded("mode=plan", "cluster.costs.lanes=7"))
+    assert costs == {**loaded("cluster=4x8-h100").cluster.costs, "lanes": 7}
+    assert "lanes" not in whose and "inter_gb_s" in whose
+    assert planned_costs(loaded("cluster=ethernet")) == (loaded("cluster=ethernet").cluster.costs, "as given")
 
 
 def test_help_names_every_key_and_the_groups(capsys: pytest.CaptureFixture[str], empty_folder: Path) -> None:

@@ -1,0 +1,104 @@
+"""mode=plan: what a batch would be rendered with, on any cluster, without MPI and without a checkpoint."""
+
+from collections.abc import Sequence
+from math import prod
+from pathlib import Path
+
+from ..config import Config, Parallel, Sampling, demo_model, planned_costs, resolve_sampling
+from ..models.loading import ModelShape, inspect, shape
+from ..planner.costs import Costs
+from ..planner.groups import Fixed
+from ..planner.picture import lanes, table
+from ..planner.plans import Plan
+from ..planner.presets import to_costs
+from ..planner.price import timeline
+from ..planner.reasons import seconds, size
+from ..planner.search import plan_batch
+from ..planner.workload import Workload
+from .manifest import fits, read
+
+
+def itemsize(dtype: str) -> int:
+    """Bytes of one number of a torch type's name."""
+    return 4 if dtype == "float32" else 2
+
+
+def fixed(parallel: Parallel) -> Fixed:
+    """What the user decided about the layout."""
+    p = parallel
+    return Fixed(p.method, p.replicas, p.cfg, p.ulysses, p.ring, p.pieces, p.groups)
+
+
+def workload(model: ModelShape, sampling: Sequence[Sampling], dtype: str, batch: int | None = None) -> Workload:
+    """The videos of a batch as one workload: all as large as the largest, and guided if one is."""
+    largest = max(sampling, key=lambda s: (model.tokens(s.num_frames, s.height, s.width), s.steps))
+    sizes = largest.num_frames, largest.height, largest.width
+    return Workload(
+        tokens=model.tokens(*sizes),
+        heads=model.heads,
+        head_dim=model.head_dim,
+        layers=model.layers,
+        ffn_dim=model.ffn_dim or 4 * model.heads * model.head_dim,
+        steps=largest.steps,
+        videos=len(sampling),
+        guided=any(s.guidance_scale > 1 for s in sampling),
+        itemsize=itemsize(dtype),
+        text_tokens=largest.max_sequence_length,
+        latents=prod(model.latents(*sizes)),
+        out_channels=model.latent_channels * prod(model.patch),
+        batch=batch or 1,
+    )
+
+
+def model_shape(config: Config) -> ModelShape:
+    """The shape that `mode=plan` plans for: of the checkpoint, or of the configuration where that has one."""
+    if config.model.path is None and config.model.shape is not None:
+        values = dict(config.model.shape)
+        return ModelShape(**{**values, "patch": tuple(values["patch"]), "multiple": 16})
+    return shape(inspect(Path(config.model.path) if config.model.path else demo_model()))
+
+
+def report(config: Config) -> str:
+    """The chosen plan, what else was thought of, and a picture of one attention layer."""
+    model, defaults = model_shape(config), resolve_sampling(config, "wan")
+    sampling = [defaults]
+    if config.prompts:
+        jobs = read(Path(config.prompts), defaults)
+        fits(jobs, defaults, model)
+        sampling = [job.sampling for job in jobs]
+    model.legal(defaults.num_frames, defaults.height, defaults.width)
+    if config.plan.videos:
+        sampling = (sampling * config.plan.videos)[: config.plan.videos]
+    work = workload(model, sampling, config.model.dtype, config.parallel.batch)
+    keys, whose = planned_costs(config)
+    costs = to_costs(keys)
+    count, per_node = config.cluster.nodes or 1, config.cluster.ranks_per_node or 1
+    nodes = [rank // per_node for rank in range(count * per_node)]
+    best = plan_batch(work, nodes, costs, fixed(config.parallel))
+    return "\n".join([_head(config, work, count, per_node, whose), *_chosen(best, work, costs, nodes)])
+
+
+def _head(config: Config, work: Workload, nodes: int, per_node: int, whose: str) -> str:
+    videos = f"{work.videos} video{'s' * (work.videos > 1)} of {work.tokens} tokens, {work.steps} steps"
+    return (
+        f"{config.model.name}, {config.model.dtype}: {videos}, {'guided' if work.guided else 'not guided'};"
+        f" {work.heads} heads of {work.head_dim}, {work.layers} layers\n"
+        f"on {nodes} node{'s' * (nodes > 1)} x {per_node} rank{'s' * (per_node > 1)}; costs {whose}\n"
+    )
+
+
+def _chosen(best: Plan, work: Workload, costs: Costs, nodes: Sequence[int]) -> list[str]:
+    group, layer = timeline(best, work, costs, nodes)
+    moved = [f"{size(best.inter_bytes)} cross nodes"] * (best.inter_bytes > 0)
+    moved += [f"{size(best.intra_bytes)} move inside them"] * (best.intra_bytes > 0)
+    idle = [f"For {best.idle:.0%} of their time the ranks have no video."] * (best.idle > 0)
+    return [
+        table(best),
+        "",
+        f"Chosen: of each step {seconds(best.exposed_s)} are not hidden behind computation"
+        f" ({', '.join(moved) or 'nothing is sent'}).",
+        *idle,
+        f"One attention layer in {'each group' if best.replicas * best.cfg > 1 else 'the group'} of {group.size}"
+        f" rank{'s' * (group.size > 1)}, {layer.exposed_s / layer.seconds:.0%} of it without attention:",
+        lanes(layer.spans, layer.seconds, group.nodes),
+    ]
