@@ -8,9 +8,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from heapq import heappop, heappush
 
-from ..attention.schedule import Shape
 from ..errors import InputError
-from .costs import Costs, Link
+from .costs import Costs
 from .groups import Fixed, Group, groupings
 from .plans import Plan
 from .price import Candidate, Pricer, rounds_of, step_s
@@ -118,16 +117,3 @@ def legal(work: Workload, nodes: Sequence[int], fixed: Fixed) -> None:
         except InputError as error:
             refused.append(error)
     raise refused[-1]
-
-
-def search(
-    shape: Shape,
-    nodes: Sequence[int],
-    method: str = "auto",
-    ulysses: int | None = None,
-    ring: int | None = None,
-) -> list[Plan]:
-    """The plan for one group, by the figures of no machine in particular: until costs are measured."""
-    work = Workload(shape.length, shape.heads, shape.dim, 1, 4 * shape.heads * shape.dim, batch=shape.batch)
-    costs = Costs(Link(1e-4, 1e9), Link(1e-5, 5e9), 5e10, 1e11, 2e-5, 1, 32, 5e9, 1e18)
-    return [plan_group(work, nodes, costs, Fixed(method, ulysses=ulysses, ring=ring))]

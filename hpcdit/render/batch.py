@@ -11,15 +11,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from ..attention.schedule import Shape
 from ..config import Config, Sampling, demo_model, demo_prompts, resolve_sampling
 from ..errors import InputError
 from ..models.loading import ModelFolder, ModelShape, inspect, shape
 from ..output import atomic
 from ..output.store import VideoRecord, read_record
-from ..planner.search import search
-from .groups import axes, sequences
+from ..planner.search import legal
 from .manifest import Job, estimate_bytes, fits, partition, read
+from .plan import fixed, workload
 
 LOCK = ".lock"
 FILES = (LOCK, "run.log", "job.h5")  # what a run writes beside the videos
@@ -27,14 +26,11 @@ FILES = (LOCK, "run.log", "job.h5")  # what a run writes beside the videos
 
 @dataclass(frozen=True)
 class Batch:
-    """A checked run: the model, the jobs that are to be rendered, and those that are done already; how many replicas
-    render at once, and in how many parts each computes guidance."""
+    """A checked run: the model, the jobs that are to be rendered, and those that are done already."""
 
     folder: ModelFolder
     todo: tuple[Job, ...]
     done: tuple[Job, ...]
-    replicas: int
-    cfg: int
 
     def to_dict(self) -> dict[str, Any]:
         """JSON's types, for the other ranks."""
@@ -49,7 +45,7 @@ class Batch:
 
         folder = {**values["folder"], "path": Path(values["folder"]["path"])}
         todo, done = jobs(values["todo"]), jobs(values["done"])
-        return cls(ModelFolder(**folder), todo, done, values["replicas"], values["cfg"])
+        return cls(ModelFolder(**folder), todo, done)
 
     @property
     def shape(self) -> ModelShape:
@@ -66,14 +62,11 @@ def prepare(config: Config, nodes: Sequence[int]) -> Batch:
     defaults, model = resolve_sampling(config, folder.family), shape(folder)
     jobs = read(Path(config.prompts) if config.prompts else demo_prompts(), defaults)
     fits(jobs, defaults, model)
-    replicas, cfg = axes(config, len(nodes))
-    for sizes in {(j.sampling.num_frames, j.sampling.height, j.sampling.width) for j in jobs}:
-        layer, p = Shape(1, model.tokens(*sizes), model.heads, model.head_dim), config.parallel
-        for group in sequences(nodes, replicas, cfg):
-            search(layer, group, p.method, p.ulysses, p.ring)
+    work = workload(model, [job.sampling for job in jobs], config.model.dtype, config.parallel.batch)
+    legal(work, nodes, fixed(config.parallel))
     todo, done = resume(config, folder, jobs)
     check_output(Path(config.output.dir), estimate_bytes(todo))
-    return Batch(folder, todo, done, replicas, cfg)
+    return Batch(folder, todo, done)
 
 
 def resume(config: Config, folder: ModelFolder, jobs: Sequence[Job]) -> tuple[tuple[Job, ...], tuple[Job, ...]]:

@@ -17,7 +17,7 @@ from ..group import Group
 from ..kernels import cpu
 from ..models.base import Adapter, Conditions, Halves
 from ..output.trace import EVENT, Trace
-from ..planner.search import Plan
+from ..planner.plans import Plan
 from ..transport.base import Transport
 from .manifest import Job
 from .queue import Queue

@@ -1,41 +1,18 @@
 """How the ranks of a run are cut up: replicas that render videos of their own, halves of guidance, sequences."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from ..cluster import Cluster, World
-from ..config import Config
-from ..errors import InputError
 from ..group import Group
 from ..mesh import Mesh
 from ..output.trace import Trace
 
 
-def axes(config: Config, ranks: int) -> tuple[int, int]:
-    """(replicas, cfg) for a run on so many ranks. Raises InputError where they do not cut these into equal groups."""
-    replicas, cfg = config.parallel.replicas or 1, config.parallel.cfg or 1
-    if ranks % (replicas * cfg):
-        given = {"replicas": config.parallel.replicas, "cfg": config.parallel.cfg}
-        keys = " ".join(f"parallel.{key}={value}" for key, value in given.items() if value is not None)
-        raise InputError(
-            f"{keys}: {ranks} rank{'s' * (ranks > 1)} cannot be cut into {replicas} x {cfg} groups of one size;"
-            f" allowed: replicas x cfg that divides {ranks}"
-        )
-    return replicas, cfg
-
-
 def mesh(ranks: int, replicas: int, cfg: int) -> Mesh:
     """Replicas are outermost: they hardly talk. The halves of guidance do once a step, a sequence in every layer."""
     return Mesh(("replicas", replicas), ("cfg", cfg), ("sequence", ranks // (replicas * cfg)))
-
-
-def sequences(nodes: Sequence[int], replicas: int, cfg: int) -> set[tuple[int, ...]]:
-    """The nodes, counted from 0, of the ranks of every sequence group; groups that lie alike are one."""
-    size = len(nodes) // (replicas * cfg)
-    parts = [nodes[first : first + size] for first in range(0, len(nodes), size)]
-    return {tuple(node - part[0] for node in part) for part in parts}
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..attention.schedule import Shape
 from ..cluster import Cluster, World
 from ..config import Config
 from ..errors import BrokenRun, Stopped
@@ -22,14 +21,15 @@ from ..models.base import Adapter
 from ..output.record import Row, VideoRecord
 from ..output.store import rebuild, software
 from ..output.trace import EVENT, Trace
-from ..planner.search import Plan, search
+from ..planner.presets import to_keys
+from ..planner.reasons import seconds
 from ..stop import StopRequest
-from ..transport.base import Transport
 from ..transport.mpi import MpiTransport
 from .batch import Batch, output_folder
 from .engine import Engine
 from .groups import Groups
 from .manifest import Job
+from .planner import Planner
 from .progress import Report, clock, open_log
 from .queue import Queue, batches
 from .stages import Finisher
@@ -77,10 +77,13 @@ def _render(
     stack: ExitStack,
 ) -> None:  # fmt: skip
     folder = Path(config.output.dir)
-    groups = Groups.cut(world, cluster, batch.replicas, batch.cfg)
     # The traces' clock is rank 0's, from here on.
     zero = world.broadcast(Trace.now(), "the clocks")
     trace = Trace(world.rank, config.trace.level, world.clock_offset() - zero)
+    with trace.span("plan", "inter"):
+        planner = Planner.measured(config, cluster, batch)
+    plan = planner.batch
+    groups = Groups.cut(world, cluster, plan.replicas, plan.cfg)
     with trace.span("connect", "inter"):
         transport = world.together(lambda: MpiTransport(groups.sequence, config.transport.inter), "the links")
     with trace.span("load", "io"):
@@ -90,10 +93,11 @@ def _render(
     gc.enable()
     if report:
         report.log.info("transport: %s", transport.describe())
-        if groups.mesh.size > groups.sequence.world.size:
-            report.log.info("groups: %s", " x ".join(f"{name} {extent}" for name, extent in groups.mesh.axes))
-        _warn_unguided(batch, adapter, report)
-    planner = Planner(config, transport)
+        report.log.info("costs: %s", ", ".join(f"{key} {value:.3g}" for key, value in to_keys(planner.costs).items()))
+        report.log.info("plan: %s, about %s without reading and writing", plan, seconds(plan.makespan_s))
+        for other in plan.others:
+            report.log.info("not %s: %s", other, other.why)
+        _warn_unguided(batch, plan.cfg, adapter, report)
     finisher = Finisher(
         adapter,
         folder / "videos",
@@ -110,10 +114,11 @@ def _render(
     if report:
         report.events = np.frombuffer(b"".join(events), EVENT)
     todo = batches(batch.todo, config.parallel.batch or 1)
-    queue = Queue(world, batch.replicas, todo, stop, report.hear if report else None)
+    queue = Queue(world, plan.replicas, todo, stop, report.hear if report else None)
     engine = Engine(
-        groups.number, groups.replica, transport, groups.halves(trace), adapter, dtype, planner, finisher, trace, queue
-    )
+        groups.number, groups.replica, transport, groups.halves(trace), adapter, dtype,
+        lambda shape: planner(shape, transport.nodes), finisher, trace, queue,
+    )  # fmt: skip
     try:
         engine.render(batch.todo)
     except Stopped:
@@ -122,28 +127,14 @@ def _render(
     groups.close()
 
 
-def _warn_unguided(batch: Batch, adapter: Adapter, report: Report) -> None:
+def _warn_unguided(batch: Batch, cfg: int, adapter: Adapter, report: Report) -> None:
     """Such a video is not refused: in a file there may be both kinds."""
     unguided = sum(not adapter.guided(job.sampling.guidance_scale) for job in batch.todo)
-    if batch.cfg > 1 and unguided:
+    if cfg > 1 and unguided:
         report.log.warning(
-            "parallel.cfg=%d: %d of %d videos have no guidance, both halves compute the same for them",
-            batch.cfg, unguided, len(batch.todo),
+            "cfg %d: %d of %d videos have no guidance, both halves compute the same for them",
+            cfg, unguided, len(batch.todo),
         )  # fmt: skip
-
-
-class Planner:
-    """The layout for each length of sequence, worked out once; the same on every rank."""
-
-    def __init__(self, config: Config, transport: Transport) -> None:
-        self._parallel, self.transport = config.parallel, transport
-        self._plans: dict[Shape, Plan] = {}
-
-    def __call__(self, shape: Shape) -> Plan:
-        if shape not in self._plans:
-            p = self._parallel
-            self._plans[shape] = search(shape, self.transport.nodes, p.method, p.ulysses, p.ring)[0]
-        return self._plans[shape]
 
 
 @dataclass(frozen=True)

@@ -72,7 +72,8 @@ def program(comm: MPI.Comm, prompts: str, folder: str) -> Any:
     """The program on worlds of 1 to 6 ranks, two ranks a node, each into a folder of its own: exit codes by size."""
 
     def body(world: World) -> int:
-        return app.run(world, [f"prompts={prompts}", f"output.dir={folder}/{world.size}", "cluster.ranks_per_node=2"])
+        together = "parallel.replicas=1", "parallel.cfg=1", "cluster.ranks_per_node=2"
+        return app.run(world, [f"prompts={prompts}", f"output.dir={folder}/{world.size}", *together])
 
     return each_size(comm, body, [(6,), (5, 1), (4, 2), (3,)])
 
@@ -173,7 +174,7 @@ def stop_in_a_group(comm: MPI.Comm, checkpoint: str, prompts: str, folder: str) 
         if world.rank == 3:
             threading.Thread(target=signal_when_all_render, daemon=True).start()
         args = [f"model.path={checkpoint}", f"prompts={prompts}", f"output.dir={folder}", "sampling.steps=1000"]
-        code = app.run(world, [*args, "sampling.num_frames=5", "parallel.replicas=2"])
+        code = app.run(world, [*args, "sampling.num_frames=5", "parallel.replicas=2", "parallel.cfg=1"])
         return [int(data) for data in world.gather(str(code).encode(), 0, "the exit codes")]
 
     return side_by_side(comm, [[(4, body)]])

@@ -4,9 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from hpcdit.config import Sampling, load
-from hpcdit.errors import InputError
-from hpcdit.render.groups import axes, mesh, sequences
+from hpcdit.config import Sampling
+from hpcdit.render.groups import mesh
 from hpcdit.render.manifest import Job
 from hpcdit.render.queue import batches
 
@@ -32,36 +31,7 @@ def test_whatever_the_denoising_depends_on_parts_batches(key: str) -> None:
     assert batches(jobs(SAMPLING, other, other, SAMPLING), 4) == [[0], [1, 2], [3]]
 
 
-def axes_of(*args: str, ranks: int) -> tuple[int, int]:
-    config = load(args)
-    assert config is not None
-    return axes(config, ranks)
-
-
-def test_axes_are_those_that_are_asked_for() -> None:
-    assert axes_of("parallel.replicas=3", "parallel.cfg=2", ranks=12) == (3, 2)
-    assert axes_of("parallel.replicas=4", "parallel.cfg=1", ranks=4) == (4, 1)
-
-
-@pytest.mark.parametrize(
-    ("args", "named"),
-    [
-        (["parallel.replicas=3"], "parallel.replicas=3: 4 ranks"),
-        (["parallel.replicas=4", "parallel.cfg=2"], "parallel.replicas=4 parallel.cfg=2: 4 ranks"),
-    ],
-)
-def test_ranks_that_cannot_be_cut_evenly_are_refused_naming_the_keys(args: list[str], named: str) -> None:
-    with pytest.raises(InputError) as caught:
-        axes_of(*args, ranks=4)
-    assert str(caught.value).startswith(named) and "divides 4" in str(caught.value)
-    assert "\n" not in str(caught.value)
-
-
 def test_whole_nodes_go_to_replicas_first_and_then_to_halves() -> None:
-    nodes = [rank // 4 for rank in range(16)]
     grid = mesh(16, 2, 2)
     assert [grid.coords(rank)["replicas"] for rank in range(16)] == [0] * 8 + [1] * 8
     assert [grid.coords(rank)["cfg"] for rank in range(8)] == [0] * 4 + [1] * 4
-    assert sequences(nodes, 2, 2) == {(0, 0, 0, 0)}
-    assert sequences(nodes, 2, 1) == {(0, 0, 0, 0, 1, 1, 1, 1)}
-    assert sequences([0, 0, 0, 1, 1, 1], 3, 1) == {(0, 0), (0, 1)}

@@ -1,0 +1,54 @@
+"""The layouts of a run: of the whole batch before its ranks are cut into groups, then of each size of video."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from ..attention.schedule import Shape
+from ..cluster import Cluster
+from ..config import Config
+from ..planner.calibrate import calibrate
+from ..planner.costs import Costs
+from ..planner.groups import groupings
+from ..planner.plans import Plan
+from ..planner.presets import overridden
+from ..planner.search import plan_batch, plan_group
+from ..planner.workload import Workload
+from ..transport.mpi import MpiTransport
+from .batch import Batch
+from .plan import fixed, workload
+
+
+class Planner:
+    """Plans with what links and kernels cost on the machine at hand; the same on every rank.
+
+    batch: how the run's ranks are cut into groups, and the layout of its largest video.
+    """
+
+    def __init__(self, work: Workload, nodes: Sequence[int], costs: Costs, config: Config) -> None:
+        """nodes: of all ranks of the run. Raises InputError where no layout is legal, or none fits into memory."""
+        self.costs, self._work = costs, work
+        self.batch = plan_batch(work, nodes, costs, fixed(config.parallel))
+        self._fixed = replace(fixed(config.parallel), replicas=self.batch.replicas, cfg=self.batch.cfg)
+        self._share = groupings(nodes, work.guided, self._fixed)[0].share
+        self._plans: dict[tuple[Shape, tuple[int, ...]], Plan] = {}
+
+    @classmethod
+    def measured(cls, config: Config, cluster: Cluster, batch: Batch) -> "Planner":
+        """Collective over the cluster. Raises InputError on all ranks."""
+        transport = cluster.world.together(lambda: MpiTransport(cluster, config.transport.inter), "the links")
+        dtype = getattr(torch, config.model.dtype)
+        costs = overridden(calibrate(transport, dtype, batch.shape.head_dim), config.cluster.costs)
+        work = workload(batch.shape, [job.sampling for job in batch.todo], config.model.dtype, config.parallel.batch)
+        return cluster.world.together(lambda: cls(work, cluster.nodes, costs, config), "the plan")
+
+    def __call__(self, shape: Shape, nodes: Sequence[int]) -> Plan:
+        """The plan for layers of `shape` in a group whose ranks lie on `nodes`, worked out once."""
+        key = shape, tuple(nodes)
+        if key not in self._plans:
+            work = replace(self._work, tokens=shape.length, batch=shape.batch)
+            plan = plan_group(work, nodes, self.costs, self._fixed, self._share)
+            elsewhere = [p for p in self.batch.others if (p.replicas, p.cfg) != (plan.replicas, plan.cfg)]
+            self._plans[key] = replace(plan, others=(*plan.others, *elsewhere))
+        return self._plans[key]
