@@ -19,7 +19,7 @@ import torch
 from .. import __version__
 from ..group import Group
 from ..kernels import cpu
-from ..transport.base import Pattern, Place, Transfer
+from ..transport.base import Place, probe
 from ..transport.mpi import MpiTransport
 from .costs import Costs, Link
 from .measured import fit, kept_at, read, write
@@ -143,7 +143,7 @@ def _intra(transport: MpiTransport, copy: float) -> Link:
     mates = [rank for rank in range(world.size) if nodes[rank] == nodes[world.rank]]
     if world.largest(len(mates), WHAT) == 1:
         return Link(1e-7, copy)
-    exchange = transport.exchange(_pattern(transport, COPIED, across=False))
+    exchange = transport.exchange(probe(transport.nodes, COPIED, across=False))
     mine = exchange.memory(world.rank, 0)
     assert mine is not None
     mine.fill_(1)  # memory that nobody has written is not like other memory
@@ -166,7 +166,7 @@ def _intra(transport: MpiTransport, copy: float) -> Link:
 
 def _round(transport: MpiTransport, nbytes: int) -> float:
     """Seconds in which each rank sends a block of `nbytes` to the next node and has all that are sent to it."""
-    world, pattern = transport.cluster.world, _pattern(transport, nbytes, across=True)
+    world, pattern = transport.cluster.world, probe(transport.nodes, nbytes)
     exchange = transport.exchange(pattern)
 
     def once() -> None:
@@ -180,21 +180,6 @@ def _round(transport: MpiTransport, nbytes: int) -> float:
     seconds = _seconds_together(world, once)
     exchange.close()
     return seconds
-
-
-def _pattern(transport: MpiTransport, nbytes: int, across: bool) -> Pattern:
-    """A block of each rank, and where `across` its copy at a rank of the next node."""
-    nodes, size = transport.nodes, transport.size
-    transfers = list[Transfer]()
-    blocks = [1] * size
-    for rank in range(size) if across else ():
-        there = [r for r in range(size) if nodes[r] == (nodes[rank] + 1) % (nodes[-1] + 1)]
-        target = there[(rank - nodes.index(nodes[rank])) % len(there)]
-        transfers.append(Transfer(Place(rank, 0), Place(target, blocks[target])))
-        blocks[target] += 1
-    spans = tuple(tuple((nbytes * block, nbytes) for block in range(count)) for count in blocks)
-    names = tuple(("a block that is measured",) * count for count in blocks)
-    return Pattern(torch.uint8, spans, tuple(transfers), names)
 
 
 # The machine, and what is known of it

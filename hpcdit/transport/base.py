@@ -7,6 +7,7 @@ nothing at all because the reader addresses the owner's memory, is the transport
 """
 
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -50,6 +51,23 @@ class Pattern:
 
     def nbytes(self, place: Place) -> int:
         return self.spans[place.rank][place.block][1] * self.dtype.itemsize
+
+
+def probe(nodes: Sequence[int], nbytes: int, across: bool = True) -> Pattern:
+    """A block of `nbytes` of each rank, and where `across` its copy at a rank of the next node: to measure links with.
+
+    nodes: of each rank, in order. Block 0 of a rank is its own, the others are what comes in.
+    """
+    first = {node: rank for rank, node in reversed(list(enumerate(nodes)))}
+    count, blocks, transfers = Counter(nodes), [1] * len(nodes), list[Transfer]()
+    for rank, node in enumerate(nodes) if across else ():
+        there = (node + 1) % len(first)
+        target = first[there] + (rank - first[node]) % count[there]
+        transfers.append(Transfer(Place(rank, 0), Place(target, blocks[target])))
+        blocks[target] += 1
+    spans = tuple(tuple((nbytes * block, nbytes) for block in range(count)) for count in blocks)
+    names = tuple(("a block that is measured",) * count for count in blocks)
+    return Pattern(torch.uint8, spans, tuple(transfers), names)
 
 
 @dataclass

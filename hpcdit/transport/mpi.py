@@ -15,7 +15,7 @@ import torch
 
 from ..cluster import Cluster
 from ..errors import InputError
-from .base import Exchange, Pattern, Place, Transfer, Transport
+from .base import Exchange, Pattern, Place, Transfer, Transport, probe
 from .wires import Memory, PersistentWire, RmaWire, Wire, one_sided
 
 WIRES = ("persistent", "rma")
@@ -202,27 +202,17 @@ class MpiTransport(Transport):
 
     def _measure(self, wire: str, nbytes: int, rounds: int = 5) -> float:
         """Seconds of the quickest round, as the slowest rank sees it, in which each sends a block to the next node."""
-        size, nodes, world = self.size, self.cluster.nodes, self.cluster.world
-        firsts = [nodes.index(node) for node in range(self.cluster.node_count)]
-        twins = []
-        for rank in range(size):
-            node = (nodes[rank] + 1) % len(firsts)
-            twins.append(firsts[node] + (rank - firsts[nodes[rank]]) % nodes.count(node))
-        inward = {(twins[rank], 1 + rank): rank for rank in range(size)}
-        spans = tuple(((0, nbytes), *((nbytes * (1 + r), nbytes if (me, 1 + r) in inward else 0) for r in range(size)))
-                      for me in range(size))  # fmt: skip
-        transfers = tuple(Transfer(Place(rank, 0), Place(twins[rank], 1 + rank)) for rank in range(size))
-        names = tuple(("probe", *(f"probe of rank {r}" for r in range(size))) for _ in range(size))
-        exchange = MpiExchange(self, Pattern(torch.uint8, spans, transfers, names), wire)
+        world, pattern = self.cluster.world, probe(self.nodes, nbytes)
+        exchange = MpiExchange(self, pattern, wire)
         best = float("inf")
         for _ in range(rounds):
             world.barrier("the measurement of the links")
             start = time.perf_counter()
             exchange.begin()
             exchange.signal(Place(self.rank, 0))
-            for target, block in inward:
-                if target == self.rank:
-                    exchange.wait(Place(self.rank, block))
+            for transfer in pattern.transfers:
+                if transfer.target.rank == self.rank:
+                    exchange.wait(transfer.target)
             exchange.quiet()
             best = min(best, world.largest(time.perf_counter() - start, "the measurement of the links"))
         exchange.close()

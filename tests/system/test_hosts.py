@@ -17,7 +17,7 @@ from tests.system.program import finished, prompts, run
 
 pytestmark = needs("netns", missing())
 
-QUICK = ("sampling.num_frames=5", "sampling.max_sequence_length=16")
+QUICK = ("sampling.num_frames=5", "sampling.max_sequence_length=16", "parallel.replicas=1", "parallel.cfg=1")
 CAPTIONS = ("a red circle moving left on black", "a blue star growing on grey")
 CLOCK_S = 0.01  # by which two hosts' clocks may differ in a trace; a round trip takes a hundredth of it
 
