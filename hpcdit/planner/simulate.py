@@ -122,6 +122,9 @@ class _Run:
         self.under_way: list[_Flow] = []
         self.sending = [0] * len(self.ranks)  # bytes under way
         per_node = max(nodes.count(node) for node in set(nodes[: self.symmetry.period]))
+        # A rank hears that its block has arrived, and only then begins the next. Where a node has several ranks, one's
+        # pause is another's turn; here, where they keep in step as they really do not, they would pause together.
+        self.answer_s = 2 * costs.inter.latency_s if per_node == 1 else 0.0
         self.window = 2 * costs.inter.latency_s * costs.inter.bytes_per_s / per_node
         self.events: list[tuple[float, int, str, int, Piece | None]] = []
         self.number, self.now = 0, 0.0
@@ -250,8 +253,7 @@ class _Run:
         self.under_way.remove(flow)
         self.spans.append(Span(flow.source, "inter", flow.piece.tensor, flow.start, self.now))
         self.at(self.now + self.costs.inter.latency_s, "arrive", flow.target, flow.there)
-        # Its rank hears of it, and only then begins the next.
-        self.at(self.now + 2 * self.costs.inter.latency_s, "gone", flow.source, flow.piece)
+        self.at(self.now + self.answer_s, "gone", flow.source, flow.piece)
 
     # Steps
 

@@ -136,17 +136,15 @@ def measure(cluster: Cluster) -> Machine:
     to, source = (nodes.index(node) + (world.rank - first) % nodes.count(node) for node in (forward, back))
 
     def exchange(nbytes: int, messages: int = 1) -> float:
-        """Seconds of so many messages of each rank to the next node, a few under way at once."""
+        """Seconds of so many messages of each rank to the next node, one after the other, as a wire sends them."""
         out, into = np.zeros(nbytes, np.uint8), np.empty((messages, nbytes), np.uint8)
         requests = [world.comm.Irecv(block, source, tag) for tag, block in enumerate(into)]
         world.barrier(WHAT)
         start = time.perf_counter()
-        left = list(range(messages))
-        sends: list[MPI.Request] = []
-        while left or not MPI.Request.Testall([*sends, *requests]):
-            sends = [send for send in sends if not send.Test()]
-            while left and len(sends) < 2:
-                sends.append(world.comm.Isend(out, to, left.pop()))
+        left, send = list(range(messages)), MPI.REQUEST_NULL
+        while left or not MPI.Request.Testall([send, *requests]):
+            if left and send.Test():
+                send = world.comm.Issend(out, to, left.pop())
             time.sleep(BUSY_NAP_S)  # as the service thread does
         return world.largest(time.perf_counter() - start, WHAT)
 
@@ -157,20 +155,23 @@ def measure(cluster: Cluster) -> Machine:
         into.copy_(out)
         return nbytes / (time.perf_counter() - start)
 
-    def call(seconds: float = 2e-3) -> float:
+    def call(seconds: float = 2e-3, calls: int = 10) -> float:
         """What a paced call and its merge take beyond `seconds`."""
         q = torch.zeros(64, 1, 4, 64)
         kernels = PacedKernels(4 * q.numel() * len(q) / seconds)
         world.barrier(WHAT)
         start = time.perf_counter()
-        out = kernels.attend(q, q, q)
-        kernels.merge(*out, *out)
-        return time.perf_counter() - start - seconds
+        for _ in range(calls):
+            out = kernels.attend(q, q, q)
+            kernels.merge(*out, *out)
+        return (time.perf_counter() - start) / calls - seconds
 
     latency = min(exchange(64) for _ in range(10)) if far else 0.0
-    per_node, nbytes, messages = min(nodes.count(n) for n in range(cluster.node_count)), 1 << 19, 8
-    bandwidth = per_node * nbytes * messages / min(exchange(nbytes, messages) for _ in range(3)) if far else math.inf
-    speeds, calls = ([measured() for _ in range(9)] for measured in (copy, call))
+    per_node, nbytes, messages = min(nodes.count(n) for n in range(cluster.node_count)), 1 << 18, 16
+    bandwidth = math.inf
+    if far:
+        bandwidth = per_node * nbytes * messages / float(np.median([exchange(nbytes, messages) for _ in range(3)]))
+    speeds, calls = ([measured() for _ in range(5)] for measured in (copy, call))
     found = [float(np.median(times)) for times in (speeds, calls)]
     everyone = [json.loads(text) for text in world.gather(json.dumps(found).encode(), 0, WHAT)] or [found]
     speed, overhead = np.mean(everyone, axis=0)
