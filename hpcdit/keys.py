@@ -45,13 +45,14 @@ def _integer(low: int, high: int | None = None, null: str | None = None) -> Rule
     return Rule(f"the integer {span}" if low == high else f"an integer, {span}", accept, null)
 
 
-def _number(above: float | None = None, null: str | None = None) -> Rule:
+def _number(above: float | None = None, most: float = 1e300, null: str | None = None) -> Rule:
     def accept(value: Any) -> float:
-        _require(type(value) in (int, float) and abs(value) < 1e300)  # false for nan
+        _require(type(value) in (int, float) and value <= most)  # false for nan
         _require(value >= 0 if above is None else value > above)
         return float(value)
 
-    return Rule(f"a number, {'0 or more' if above is None else f'more than {above:g}'}", accept, null)
+    least = "0 or more" if above is None else f"more than {above:g}"
+    return Rule(f"a number, {least}{f' and up to {most:g}' * (most < 1e300)}", accept, null)
 
 
 def _choice(*words: str) -> Rule:
@@ -148,6 +149,7 @@ RULES: Mapping[str, Rule] = {
     "cluster.ranks_per_node": _integer(1, null="as found"),
     "cluster.costs.inter_latency_us": _number(null=MEASURED),
     "cluster.costs.inter_gb_s": _number(above=0, null=MEASURED),
+    "cluster.costs.inter_spread": _number(above=0, most=1, null=MEASURED),
     "cluster.costs.intra_latency_us": _number(null=MEASURED),
     "cluster.costs.intra_gb_s": _number(above=0, null=MEASURED),
     "cluster.costs.attention_tflops": _number(above=0, null=MEASURED),

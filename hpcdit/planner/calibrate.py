@@ -27,6 +27,7 @@ from .measured import fit, kept_at, read, write
 WHAT = "the measurement of the machine"
 QUERIES = (16, 40, 72, 136, 264, 512)  # of the attention calls that are timed: a little more than a tile, mostly
 SMALL, LARGE = 1 << 12, 1 << 22  # bytes of blocks that are sent
+OTHERS = 7  # nodes that a node talks to by turns, at most
 COPIED = 1 << 24  # bytes that are copied: more than caches hold
 SECONDS = 0.08  # that one timing may take, about
 
@@ -63,10 +64,10 @@ def measure(transport: MpiTransport, dtype: torch.dtype, head_dim: int) -> Costs
     attention_flops, call_s, tile = _attention(world, dtype, head_dim)
     copy = _copy_speed(world, torch.ones(COPIED, dtype=torch.uint8))
     intra = _intra(transport, copy)
-    inter = _inter(transport) if transport.nodes[-1] > 0 else intra
+    inter, spread = _inter(transport) if transport.nodes[-1] > 0 else (intra, 1.0)
     traffic.inter, traffic.intra = before
     memory = -world.largest(-_memory_bytes() / world.hosts.count(world.hosts[world.rank]), WHAT)
-    return Costs(inter, intra, attention_flops, _matmul_flops(world, dtype), call_s, 1, tile, copy, memory)
+    return Costs(inter, intra, attention_flops, _matmul_flops(world, dtype), call_s, 1, tile, copy, memory, spread)
 
 
 # Kernels
@@ -126,15 +127,18 @@ def _copy_speed(world: Group, source: torch.Tensor) -> float:
 # Links
 
 
-def _inter(transport: MpiTransport) -> Link:
-    """Between nodes, all ranks of all nodes sending at once, each to a rank of the next node."""
+def _inter(transport: MpiTransport) -> tuple[Link, float]:
+    """Between nodes, all ranks of all nodes sending at once, each to a rank of the next node; and Costs.spread."""
     ranks = max(transport.nodes.count(node) for node in set(transport.nodes))
     small, middle = _round(transport, SMALL), _round(transport, 1 << 16)
     # As large a block as a slow network moves in the time there is.
     slope = max(middle - small, 1e-6) / ((1 << 16) - SMALL)
     large = int(min(max(SECONDS / slope / 4, 1 << 17), LARGE))
-    speed = (large - SMALL) / max(_round(transport, large) - small, 1e-9)
-    return Link(max(small - SMALL / speed, 1e-7), ranks * speed)
+    one = _round(transport, large)
+    speed = (large - SMALL) / max(one - small, 1e-9)
+    others = min(transport.nodes[-1], OTHERS)
+    spread = min(others * one / _round(transport, large, others), 1.0) if others > 1 else 1.0
+    return Link(max(small - SMALL / speed, 1e-7), ranks * speed), spread
 
 
 def _intra(transport: MpiTransport, copy: float) -> Link:
@@ -143,7 +147,7 @@ def _intra(transport: MpiTransport, copy: float) -> Link:
     mates = [rank for rank in range(world.size) if nodes[rank] == nodes[world.rank]]
     if world.largest(len(mates), WHAT) == 1:
         return Link(1e-7, copy)
-    exchange = transport.exchange(probe(transport.nodes, COPIED, across=False))
+    exchange = transport.exchange(probe(transport.nodes, COPIED, others=0))
     mine = exchange.memory(world.rank, 0)
     assert mine is not None
     mine.fill_(1)  # memory that nobody has written is not like other memory
@@ -164,9 +168,9 @@ def _intra(transport: MpiTransport, copy: float) -> Link:
     return Link(latency, speed)
 
 
-def _round(transport: MpiTransport, nbytes: int) -> float:
-    """Seconds in which each rank sends a block of `nbytes` to the next node and has all that are sent to it."""
-    world, pattern = transport.cluster.world, probe(transport.nodes, nbytes)
+def _round(transport: MpiTransport, nbytes: int, others: int = 1) -> float:
+    """Seconds in which each rank sends a block to each of the next `others` nodes and has all that are sent to it."""
+    world, pattern = transport.cluster.world, probe(transport.nodes, nbytes, others)
     exchange = transport.exchange(pattern)
 
     def once() -> None:

@@ -22,7 +22,8 @@ class Costs:
     attention_flops, matmul_flops: operations a second of one rank on large problems.
     call_s: what a call of the attention kernel costs beyond that. lanes: thread blocks that run at once (a GPU's
     multiprocessors; 1 for a CPU); tile: query tokens of one thread block. copy_bytes_per_s: of one rank in its own
-    memory. memory_bytes: of one rank.
+    memory. memory_bytes: of one rank. spread: the share of inter that is left where a node talks to several others by
+    turns: they do not keep in step, and then two send to one while another waits.
     """
 
     inter: Link
@@ -34,6 +35,7 @@ class Costs:
     tile: int
     copy_bytes_per_s: float
     memory_bytes: float
+    spread: float = 1.0
 
     def attend(self, queries: int, keys: int, heads: int, batch: int, dim: int) -> float:
         """Seconds of one attention call.

@@ -133,6 +133,9 @@ class _Run:
         self.inter = self.intra = 0
         self._holders: dict[tuple[int, Piece], int] = {}
         self._plan_transfers()
+        talks = {(nodes[f.source], nodes[f.target]) for flows in self.outward.values() for f in flows}
+        several = len(talks) > len({source for source, _ in talks})
+        self.rate = costs.inter.bytes_per_s * (costs.spread if several else 1.0)
 
     def nbytes(self, piece: Piece) -> int:
         shape = self.shape
@@ -246,7 +249,7 @@ class _Run:
         for flow in self.under_way:
             source, target = self.nodes[flow.source], self.nodes[flow.target]
             out[source], into[target] = out.get(source, 0) + 1, into.get(target, 0) + 1
-        rate = self.costs.inter.bytes_per_s
+        rate = self.rate
         return [rate / max(out[self.nodes[f.source]], into[self.nodes[f.target]]) for f in self.under_way]
 
     def _gone(self, flow: _Flow) -> None:

@@ -53,18 +53,19 @@ class Pattern:
         return self.spans[place.rank][place.block][1] * self.dtype.itemsize
 
 
-def probe(nodes: Sequence[int], nbytes: int, across: bool = True) -> Pattern:
-    """A block of `nbytes` of each rank, and where `across` its copy at a rank of the next node: to measure links with.
+def probe(nodes: Sequence[int], nbytes: int, others: int = 1) -> Pattern:
+    """A block of `nbytes` of each rank, copied to a rank of each of the next `others` nodes: to measure links with.
 
     nodes: of each rank, in order. Block 0 of a rank is its own, the others are what comes in.
     """
     first = {node: rank for rank, node in reversed(list(enumerate(nodes)))}
     count, blocks, transfers = Counter(nodes), [1] * len(nodes), list[Transfer]()
-    for rank, node in enumerate(nodes) if across else ():
-        there = (node + 1) % len(first)
-        target = first[there] + (rank - first[node]) % count[there]
-        transfers.append(Transfer(Place(rank, 0), Place(target, blocks[target])))
-        blocks[target] += 1
+    for i in range(others):
+        for rank, node in enumerate(nodes):
+            there = (node + 1 + i) % len(first)
+            target = first[there] + (rank - first[node]) % count[there]
+            transfers.append(Transfer(Place(rank, 0), Place(target, blocks[target])))
+            blocks[target] += 1
     spans = tuple(tuple((nbytes * block, nbytes) for block in range(count)) for count in blocks)
     names = tuple(("a block that is measured",) * count for count in blocks)
     return Pattern(torch.uint8, spans, tuple(transfers), names)

@@ -19,6 +19,7 @@ from .base import Exchange, Pattern, Place, Transfer, Transport, probe
 from .wires import Memory, PersistentWire, RmaWire, Wire, one_sided
 
 WIRES = ("persistent", "rma")
+CLEARLY = 1.2
 SMALL, LARGE = 1 << 6, 1 << 18  # bytes of blocks that are sent to measure links
 
 
@@ -187,9 +188,13 @@ class MpiTransport(Transport):
         self.traffic.intra = self.traffic.inter = 0
 
     def _choose(self, wires: Sequence[str]) -> None:
-        """The quickest wire, and as much under way on it as it carries while a message passes and its answer."""
+        """The quicker wire, and as much under way on it as it carries while a message passes and its answer.
+
+        The first of `wires` unless another is clearly quicker: `rma` needs more messages, and many go on at once in a
+        layer.
+        """
         self._seconds = {wire: self._measure(wire, LARGE) for wire in wires}
-        self.inter = min(self._seconds, key=lambda wire: self._seconds[wire])
+        self.inter = min(wires, key=lambda wire: self._seconds[wire] * (1.0 if wire == wires[0] else CLEARLY))
         latency = self._measure(self.inter, SMALL)
         self.window = int(2 * latency / self._seconds[self.inter] * LARGE)
 

@@ -240,6 +240,7 @@ def costs(machine: Machine, flops_per_s: float) -> Costs:
         tile=1,
         copy_bytes_per_s=machine.copy_bytes_per_s,
         memory_bytes=float("inf"),
+        spread=machine.spread,
     )
 
 

@@ -3,6 +3,7 @@
 import json
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,6 +23,7 @@ from hpcdit.transport.mpi import MpiTransport
 SETS = 3  # of q, k, v, by turns: two buffer sets alternate, and what one held before must not pass for what is wanted
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-10}
 WHAT = "a cell of the benchmark"
+MESSAGES = 12  # of a measurement of links, at least
 
 
 class WrongResult(Exception):
@@ -125,28 +127,37 @@ class Machine:
     intra: Link
     copy_bytes_per_s: float
     call_s: float
+    spread: float
 
 
 def measure(cluster: Cluster) -> Machine:
     """The links between nodes by plain MPI, all ranks sending at once; copies and naps of all ranks at once."""
     world, nodes = cluster.world, cluster.nodes
-    far = cluster.node_count > 1
-    first = nodes.index(cluster.node)
-    forward, back = ((cluster.node + way) % cluster.node_count for way in (1, -1))
-    to, source = (nodes.index(node) + (world.rank - first) % nodes.count(node) for node in (forward, back))
+    others = range(1, cluster.node_count)
 
-    def exchange(nbytes: int, messages: int = 1) -> float:
-        """Seconds of so many messages of each rank to the next node, one after the other, as a wire sends them."""
-        out, into = np.zeros(nbytes, np.uint8), np.empty((messages, nbytes), np.uint8)
-        requests = [world.comm.Irecv(block, source, tag) for tag, block in enumerate(into)]
+    def there(way: int) -> int:
+        """The rank that is to the node `way` nodes on as this one is to its own."""
+        node = (cluster.node + way) % cluster.node_count
+        return nodes.index(node) + (world.rank - nodes.index(cluster.node)) % nodes.count(node)
+
+    def exchange(nbytes: int, ways: Sequence[int]) -> float:
+        """Seconds of a message of each rank to each of `ways`, one after the other, as a wire sends them."""
+        out, into = np.zeros(nbytes, np.uint8), np.empty((len(ways), nbytes), np.uint8)
+        requests = [world.comm.Irecv(into[tag], there(-way), tag) for tag, way in enumerate(ways)]
         world.barrier(WHAT)
         start = time.perf_counter()
-        left, send = list(range(messages)), MPI.REQUEST_NULL
+        left, send = list(enumerate(ways)), MPI.REQUEST_NULL
         while left or not MPI.Request.Testall([send, *requests]):
             if left and send.Test():
-                send = world.comm.Issend(out, to, left.pop())
+                tag, way = left.pop(0)
+                send = world.comm.Issend(out, there(way), tag)
             time.sleep(BUSY_NAP_S)  # as the service thread does
         return world.largest(time.perf_counter() - start, WHAT)
+
+    def bandwidth(ways: Sequence[int], nbytes: int = 1 << 18) -> float:
+        """Bytes a second of a node."""
+        seconds = float(np.median([exchange(nbytes, ways) for _ in range(3)]))
+        return min(nodes.count(n) for n in range(cluster.node_count)) * nbytes * len(ways) / seconds
 
     def copy(nbytes: int = 1 << 23) -> float:
         out, into = torch.zeros(nbytes, dtype=torch.uint8), torch.zeros(nbytes, dtype=torch.uint8)
@@ -166,18 +177,19 @@ def measure(cluster: Cluster) -> Machine:
             kernels.merge(*out, *out)
         return (time.perf_counter() - start) / calls - seconds
 
-    latency = min(exchange(64) for _ in range(10)) if far else 0.0
-    per_node, nbytes, messages = min(nodes.count(n) for n in range(cluster.node_count)), 1 << 18, 16
-    bandwidth = math.inf
-    if far:
-        bandwidth = per_node * nbytes * messages / float(np.median([exchange(nbytes, messages) for _ in range(3)]))
+    latency, next_one, by_turns = 0.0, math.inf, math.inf
+    if others:
+        latency = min(exchange(64, [1]) for _ in range(10))
+        ways = [*others] * -(-MESSAGES // len(others))
+        next_one, by_turns = bandwidth([1] * len(ways)), bandwidth(ways)
     speeds, calls = ([measured() for _ in range(5)] for measured in (copy, call))
     found = [float(np.median(times)) for times in (speeds, calls)]
     everyone = [json.loads(text) for text in world.gather(json.dumps(found).encode(), 0, WHAT)] or [found]
     speed, overhead = np.mean(everyone, axis=0)
-    agreed = world.broadcast([latency, bandwidth, float(speed), max(float(overhead), 0.0)], WHAT)
-    latency, bandwidth, speed, overhead = agreed
-    return Machine(Link(latency, bandwidth), Link(5e-5, speed), speed, overhead)
+    spread = min(by_turns / next_one, 1.0) if len(others) > 1 else 1.0
+    agreed = world.broadcast([latency, next_one, float(speed), max(float(overhead), 0.0), spread], WHAT)
+    latency, next_one, speed, overhead, spread = agreed
+    return Machine(Link(latency, next_one), Link(5e-5, speed), speed, overhead, spread)
 
 
 def describe(machine: Machine) -> str:
@@ -186,6 +198,7 @@ def describe(machine: Machine) -> str:
     return json.dumps(
         {
             "inter_MB_per_s": round(inter.bytes_per_s / 1e6, 1),
+            "inter_spread": round(machine.spread, 2),
             "inter_latency_us": round(inter.latency_s * 1e6),
             "copy_MB_per_s": round(machine.copy_bytes_per_s / 1e6),
             "call_us": round(machine.call_s * 1e6),
