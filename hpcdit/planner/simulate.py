@@ -131,11 +131,10 @@ class _Run:
         self.met: set[tuple[int, int, int]] = set()
         self.spans: list[Span] = []
         self.inter = self.intra = 0
+        self.ways = set[int]()  # how many nodes on the targets of transfers are
         self._holders: dict[tuple[int, Piece], int] = {}
         self._plan_transfers()
-        talks = {(nodes[f.source], nodes[f.target]) for flows in self.outward.values() for f in flows}
-        several = len(talks) > len({source for source, _ in talks})
-        self.rate = costs.inter.bytes_per_s * (costs.spread if several else 1.0)
+        self.rate = costs.inter.bytes_per_s * (costs.spread if len(self.ways) > 1 else 1.0)
 
     def nbytes(self, piece: Piece) -> int:
         shape = self.shape
@@ -158,6 +157,7 @@ class _Run:
                 step = self.steps[rank][at] if at < len(self.steps[rank]) else None
                 if isinstance(step, Pull):
                     if self.holder(rank, step.piece) == rank:
+                        self._way(self.holder(step.source, step.piece), rank)
                         source, piece = self.symmetry.of(self.holder(step.source, step.piece), step.piece)
                         self._flow((0, at), source, piece, rank, step.piece)
                     else:
@@ -165,9 +165,13 @@ class _Run:
                 elif isinstance(step, Push):
                     home, there = self.symmetry.of(step.home, step.piece)
                     if self.nodes[step.home] != self.nodes[rank]:
+                        self._way(rank, step.home)
                         self._flow((1, at), rank, step.piece, home, there)
                     else:
                         self.intra += self.nbytes(step.piece)
+
+    def _way(self, source: int, target: int) -> None:
+        self.ways.add((self.nodes[target] - self.nodes[source]) % (self.nodes[-1] + 1))
 
     def _flow(self, order: tuple[int, int], source: int, piece: Piece, target: int, there: Piece) -> None:
         size = self.nbytes(piece)

@@ -14,7 +14,7 @@ SKEW_S = 1000
 
 def missing() -> str:
     """Why there can be no hosts here; empty if there can."""
-    return shaped_cluster.missing(rate=True, skew=True)
+    return shaped_cluster.missing(skew=True)
 
 
 class Hosts(shaped_cluster.Hosts):
