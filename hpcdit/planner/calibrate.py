@@ -130,14 +130,14 @@ def _copy_speed(world: Group, source: torch.Tensor) -> float:
 def _inter(transport: MpiTransport) -> tuple[Link, float]:
     """Between nodes, all ranks of all nodes sending at once, each to a rank of the next node; and Costs.spread."""
     ranks = max(transport.nodes.count(node) for node in set(transport.nodes))
-    small, middle = _round(transport, SMALL), _round(transport, 1 << 16)
+    small, middle = transport.measure(transport.inter, SMALL), transport.measure(transport.inter, 1 << 16)
     # As large a block as a slow network moves in the time there is.
     slope = max(middle - small, 1e-6) / ((1 << 16) - SMALL)
     large = int(min(max(SECONDS / slope / 4, 1 << 17), LARGE))
-    one = _round(transport, large)
+    one = transport.measure(transport.inter, large)
     speed = (large - SMALL) / max(one - small, 1e-9)
     others = min(transport.nodes[-1], OTHERS)
-    spread = min(others * one / _round(transport, large, others), 1.0) if others > 1 else 1.0
+    spread = min(others * one / transport.measure(transport.inter, large, others), 1.0) if others > 1 else 1.0
     return Link(max(small - SMALL / speed, 1e-7), ranks * speed), spread
 
 
@@ -166,24 +166,6 @@ def _intra(transport: MpiTransport, copy: float) -> Link:
     world.barrier(WHAT)  # nobody reads any more
     exchange.close()
     return Link(latency, speed)
-
-
-def _round(transport: MpiTransport, nbytes: int, others: int = 1) -> float:
-    """Seconds in which each rank sends a block to each of the next `others` nodes and has all that are sent to it."""
-    world, pattern = transport.cluster.world, probe(transport.nodes, nbytes, others)
-    exchange = transport.exchange(pattern)
-
-    def once() -> None:
-        exchange.begin()
-        exchange.signal(Place(world.rank, 0))
-        for transfer in pattern.transfers:
-            if transfer.target.rank == world.rank:
-                exchange.wait(transfer.target)
-        exchange.quiet()
-
-    seconds = _seconds_together(world, once)
-    exchange.close()
-    return seconds
 
 
 # The machine, and what is known of it
