@@ -150,6 +150,7 @@ RULES: Mapping[str, Rule] = {
     "cluster.costs.inter_latency_us": _number(null=MEASURED),
     "cluster.costs.inter_gb_s": _number(above=0, null=MEASURED),
     "cluster.costs.inter_spread": _number(above=0, most=1, null=MEASURED),
+    "cluster.costs.inter_overlap": _number(above=0, most=1, null=MEASURED),
     "cluster.costs.intra_latency_us": _number(null=MEASURED),
     "cluster.costs.intra_gb_s": _number(above=0, null=MEASURED),
     "cluster.costs.attention_tflops": _number(above=0, null=MEASURED),

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import platform
+import statistics
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -28,6 +29,7 @@ WHAT = "the measurement of the machine"
 QUERIES = (16, 40, 72, 136, 264, 512)  # of the attention calls that are timed: a little more than a tile, mostly
 SMALL, LARGE = 1 << 12, 1 << 22  # bytes of blocks that are sent
 OTHERS = 7  # nodes that a node talks to by turns, at most
+MOVED = 1 << 26  # bytes that are sent while a rank computes, at most
 COPIED = 1 << 24  # bytes that are copied: more than caches hold
 SECONDS = 0.08  # that one timing may take, about
 
@@ -66,8 +68,10 @@ def measure(transport: MpiTransport, dtype: torch.dtype, head_dim: int) -> Costs
     intra = _intra(transport, copy)
     inter, spread = _inter(transport) if transport.nodes[-1] > 0 else (intra, 1.0)
     traffic.inter, traffic.intra = before
+    beside = overlap(transport, inter, _attending(dtype, head_dim)) if transport.nodes[-1] > 0 else 1.0
     memory = -world.largest(-_memory_bytes() / world.hosts.count(world.hosts[world.rank]), WHAT)
-    return Costs(inter, intra, attention_flops, _matmul_flops(world, dtype), call_s, 1, tile, copy, memory, spread)
+    matmul_flops = _matmul_flops(world, dtype)
+    return Costs(inter, intra, attention_flops, matmul_flops, call_s, 1, tile, copy, memory, spread, beside)
 
 
 # Kernels
@@ -113,6 +117,12 @@ def _attention(world: Group, dtype: torch.dtype, dim: int) -> tuple[float, float
     return rate, call_s, tile
 
 
+def _attending(dtype: torch.dtype, dim: int, tokens: int = 256) -> Callable[[], object]:
+    """A call of the attention kernel, of a millisecond or so."""
+    q = torch.randn(tokens, 1, 2, dim).to(dtype)
+    return lambda: cpu.attend(q, q, q)
+
+
 def _matmul_flops(world: Group, dtype: torch.dtype, size: int = 384) -> float:
     a = torch.randn(size, size).to(dtype)
     return 2 * size**3 / _seconds(world, lambda: a @ a)
@@ -139,6 +149,41 @@ def _inter(transport: MpiTransport) -> tuple[Link, float]:
     others = min(transport.nodes[-1], OTHERS)
     spread = min(others * one / transport.measure(transport.inter, large, others), 1.0) if others > 1 else 1.0
     return Link(max(small - SMALL / speed, 1e-7), ranks * speed), spread
+
+
+def overlap(transport: MpiTransport, link: Link, body: Callable[[], object]) -> float:
+    """Costs.overlap: how much slower `body`, a short call, is while every rank sends to the next node and receives.
+
+    Collective; of the rank that it slows most.
+    """
+    world, times = transport.cluster.world, list[float]()
+    speed = link.bytes_per_s / max(transport.nodes.count(node) for node in set(transport.nodes))
+    nbytes = int(min(max(2 * SECONDS * speed, 1 << 17), MOVED))
+    pattern = probe(transport.nodes, nbytes, others=1)
+    exchange = transport.exchange(pattern)
+
+    def calls(seconds: float) -> float:
+        """Seconds of a call, while they last."""
+        start, count = time.perf_counter(), 0
+        while (taken := time.perf_counter() - start) < seconds:
+            body()
+            count += 1
+        return taken / max(count, 1)
+
+    for _ in range(1 + 5):  # the first warms up
+        world.barrier(WHAT)
+        alone = calls(SECONDS / 2)
+        world.barrier(WHAT)
+        exchange.begin()
+        exchange.signal(Place(world.rank, 0))
+        times.append(alone / calls(min(SECONDS, nbytes / speed / 2)))
+        for transfer in pattern.transfers:
+            if transfer.target.rank == world.rank:
+                exchange.wait(transfer.target)
+        exchange.quiet()
+    world.barrier(WHAT)
+    exchange.close()
+    return min(-world.largest(-statistics.median(times[1:]), WHAT), 1.0)
 
 
 def _intra(transport: MpiTransport, copy: float) -> Link:

@@ -23,7 +23,8 @@ class Costs:
     call_s: what a call of the attention kernel costs beyond that. lanes: thread blocks that run at once (a GPU's
     multiprocessors; 1 for a CPU); tile: query tokens of one thread block. copy_bytes_per_s: of one rank in its own
     memory. memory_bytes: of one rank. spread: the share of inter that is left where a node talks to several others by
-    turns: they do not keep in step, and then two send to one while another waits.
+    turns: they do not keep in step, and then two send to one while another waits. overlap: the share of a rank's speed
+    that is left while its node sends or receives: transfers want cores, or a GPU's multiprocessors and memory.
     """
 
     inter: Link
@@ -36,6 +37,7 @@ class Costs:
     copy_bytes_per_s: float
     memory_bytes: float
     spread: float = 1.0
+    overlap: float = 1.0
 
     def attend(self, queries: int, keys: int, heads: int, batch: int, dim: int) -> float:
         """Seconds of one attention call.

@@ -10,6 +10,7 @@ UNITS = {
     "inter_latency_us": 1e-6,
     "inter_gb_s": 1e9,
     "inter_spread": 1,
+    "inter_overlap": 1,
     "intra_latency_us": 1e-6,
     "intra_gb_s": 1e9,
     "attention_tflops": 1e12,
@@ -36,6 +37,7 @@ def to_costs(values: Mapping[str, Any]) -> Costs:
         copy_bytes_per_s=v["copy_gb_s"],
         memory_bytes=v["memory_gb"],
         spread=v["inter_spread"],
+        overlap=v["inter_overlap"],
     )
 
 
@@ -54,6 +56,7 @@ def to_keys(costs: Costs) -> dict[str, Any]:
         "copy_gb_s": costs.copy_bytes_per_s,
         "memory_gb": costs.memory_bytes,
         "inter_spread": costs.spread,
+        "inter_overlap": costs.overlap,
     }
     return {key: value if UNITS[key] == 1 else value / UNITS[key] for key, value in v.items()}
 

@@ -14,6 +14,7 @@ from typing import NamedTuple
 from ..attention.schedule import Attend, Piece, Pull, Push, Schedule, Shape, Step, publishing
 from ..mesh import cut
 from .costs import Costs
+from .flows import Flow, Network
 
 EVERY_RANK = 64  # up to so many ranks of uneven shares are simulated each; above, all get the largest share
 
@@ -83,19 +84,6 @@ def simulate(schedule: Schedule, shape: Shape, nodes: Sequence[int], costs: Cost
     return _Run(schedule, shape, tuple(nodes), costs, itemsize).timeline()
 
 
-@dataclass
-class _Flow:
-    """A transfer between nodes: of `piece` at rank `source`, to `target`, where it arrives as `there`."""
-
-    order: tuple[int, int]
-    source: int
-    piece: Piece
-    target: int
-    there: Piece
-    left: float
-    start: float = 0.0
-
-
 class _Run:
     def __init__(self, schedule: Schedule, shape: Shape, nodes: tuple[int, ...], costs: Costs, itemsize: int) -> None:
         self.schedule, self.shape, self.nodes, self.costs, self.itemsize = schedule, shape, nodes, costs, itemsize
@@ -117,24 +105,16 @@ class _Run:
         self.ended = [inf] * len(self.ranks)
         self.there: set[tuple[int, Piece]] = set()  # readable in the memory of the rank
         self.waiting: dict[tuple[int, Piece], list[int]] = {}
-        self.outward: dict[tuple[int, Piece], list[_Flow]] = {}
-        self.queue: list[list[tuple[tuple[int, int], int, _Flow]]] = [[] for _ in self.ranks]
-        self.under_way: list[_Flow] = []
-        self.sending = [0] * len(self.ranks)  # bytes under way
-        per_node = max(nodes.count(node) for node in set(nodes[: self.symmetry.period]))
-        # A rank hears that its block has arrived, and only then begins the next. Where a node has several ranks, one's
-        # pause is another's turn; here, where they keep in step as they really do not, they would pause together.
-        self.answer_s = 2 * costs.inter.latency_s if per_node == 1 else 0.0
-        self.window = 2 * costs.inter.latency_s * costs.inter.bytes_per_s / per_node
+        self.network = Network(nodes, costs, max(nodes.count(node) for node in set(nodes[: self.symmetry.period])))
+        self.working: dict[int, float] = {}  # what is left of a rank's present step, seconds with all of its speed
+        self.started = [0.0] * len(self.ranks)  # the present step
         self.events: list[tuple[float, int, str, int, Piece | None]] = []
         self.number, self.now = 0, 0.0
         self.met: set[tuple[int, int, int]] = set()
         self.spans: list[Span] = []
         self.inter = self.intra = 0
-        self.ways = set[int]()  # how many nodes on the targets of transfers are
         self._holders: dict[tuple[int, Piece], int] = {}
         self._plan_transfers()
-        self.rate = costs.inter.bytes_per_s * (costs.spread if len(self.ways) > 1 else 1.0)
 
     def nbytes(self, piece: Piece) -> int:
         shape = self.shape
@@ -157,27 +137,22 @@ class _Run:
                 step = self.steps[rank][at] if at < len(self.steps[rank]) else None
                 if isinstance(step, Pull):
                     if self.holder(rank, step.piece) == rank:
-                        self._way(self.holder(step.source, step.piece), rank)
-                        source, piece = self.symmetry.of(self.holder(step.source, step.piece), step.piece)
-                        self._flow((0, at), source, piece, rank, step.piece)
+                        holder = self.holder(step.source, step.piece)
+                        source, piece = self.symmetry.of(holder, step.piece)
+                        self._flow(Flow((0, at), source, piece, rank, step.piece, self.nbytes(piece)), holder, rank)
                     else:
                         self.intra += self.nbytes(step.piece)
                 elif isinstance(step, Push):
                     home, there = self.symmetry.of(step.home, step.piece)
                     if self.nodes[step.home] != self.nodes[rank]:
-                        self._way(rank, step.home)
-                        self._flow((1, at), rank, step.piece, home, there)
+                        size = self.nbytes(step.piece)
+                        self._flow(Flow((1, at), rank, step.piece, home, there, size), rank, step.home)
                     else:
                         self.intra += self.nbytes(step.piece)
 
-    def _way(self, source: int, target: int) -> None:
-        self.ways.add((self.nodes[target] - self.nodes[source]) % (self.nodes[-1] + 1))
-
-    def _flow(self, order: tuple[int, int], source: int, piece: Piece, target: int, there: Piece) -> None:
-        size = self.nbytes(piece)
-        self.inter += size
-        flow = _Flow(order, source, piece, target, there, size)
-        self.outward.setdefault((source, piece), []).append(flow)
+    def _flow(self, flow: Flow, source: int, target: int) -> None:
+        self.inter += flow.nbytes
+        self.network.add(flow, self.nodes[source], self.nodes[target])
 
     # Events
 
@@ -188,35 +163,48 @@ class _Run:
     def timeline(self) -> Timeline:
         for rank in self.ranks:
             self._publish(rank)
-        while self.events or self.under_way:
-            rates = self._rates()
-            ends = [self.now + flow.left / rate for flow, rate in zip(self.under_way, rates, strict=True)]
-            time = min(*ends, self.events[0][0] if self.events else inf, inf)
-            gone = [flow for flow, end in zip(self.under_way, ends, strict=True) if end <= time + 1e-12]
-            for flow, rate in zip(self.under_way, rates, strict=True):
-                flow.left -= rate * (time - self.now)
-            self.now = time
-            if self.events and self.events[0][0] <= time:
-                _, _, what, rank, piece = heapq.heappop(self.events)
-                if piece is None:
-                    self._run(rank)
-                elif what == "arrive":
-                    self._arrive(rank, piece)
-                else:
-                    self.sending[rank] -= self.nbytes(piece)
-                    self._fill(rank)
-            for flow in gone:
-                self._gone(flow)
+        while self.events or self.network.under_way or self.working:
+            self._advance()
         assert max(self.ended) < inf, "the schedule does not end"
         share = self.symmetry.size // len(self.ranks)
         return Timeline(max(self.ended), max(self.busy_s), self.inter * share, self.intra * share, self.spans)
 
+    def _advance(self) -> None:
+        """On to the next moment at which a flow or a step ends or something else happens."""
+        flows, rates, speeds = self.network.under_way, self.network.rates(), self._speeds()
+        ends = [self.now + flow.left / rate for flow, rate in zip(flows, rates, strict=True)]
+        steps = {rank: self.now + left / speeds[rank] for rank, left in self.working.items()}
+        time = min((*ends, *steps.values(), self.events[0][0] if self.events else inf))
+        gone = [flow for flow, end in zip(flows, ends, strict=True) if end <= time + 1e-12]
+        for flow, rate in zip(flows, rates, strict=True):
+            flow.left -= rate * (time - self.now)
+        for rank in steps:
+            self.working[rank] -= speeds[rank] * (time - self.now)
+        self.now = time
+        if self.events and self.events[0][0] <= time:
+            _, _, what, rank, piece = heapq.heappop(self.events)
+            if piece is None:
+                self._run(rank)
+            elif what == "arrive":
+                self._arrive(rank, piece)
+            else:
+                self.network.heard(rank, self.nbytes(piece), self.now)
+        for flow in gone:
+            self._gone(flow)
+        for rank, end in steps.items():
+            if end <= time + 1e-12:
+                del self.working[rank]
+                self._done(rank)
+
+    def _speeds(self) -> dict[int, float]:
+        """Of each rank that works at a step: all, or what its node's transfers leave."""
+        busy = self.network.busy() if self.costs.overlap < 1 else ()
+        return {rank: self.costs.overlap if self.nodes[rank] in busy else 1.0 for rank in self.working}
+
     def _publish(self, rank: int) -> None:
         """v, k and q become readable one after the other, and the first step follows."""
         time = 0.0
-
-        mine = (flow for (source, _), flows in self.outward.items() if source == rank for flow in flows)
-        leaving = [f.piece for f in sorted(mine, key=lambda f: f.order) if f.piece.tokens == rank]
+        leaving = (piece for piece in self.network.leaving(rank) if piece.tokens == rank)
         tensors, slots = publishing(leaving, self.schedule.own(rank), self.schedule.slots)
         for tensor in tensors:
             for slot in slots:
@@ -231,65 +219,66 @@ class _Run:
             self._maybe_end(rank)
             return
         self.there.add((rank, piece))
-        for flow in self.outward.get((rank, piece), ()):
-            self.number += 1
-            heapq.heappush(self.queue[rank], (flow.order, self.number, flow))
-        self._fill(rank)
+        self.network.ready(rank, piece, self.now)
         for waiter in self.waiting.pop((rank, piece), ()):
             self.at(self.now, "step", waiter)
 
-    # Transfers between nodes
-
-    def _fill(self, rank: int) -> None:
-        while self.queue[rank] and (not self.sending[rank] or self.sending[rank] < self.window):
-            _, _, flow = heapq.heappop(self.queue[rank])
-            flow.start = self.now
-            self.sending[rank] += self.nbytes(flow.piece)
-            self.under_way.append(flow)
-
-    def _rates(self) -> list[float]:
-        """Bytes a second of each flow: its share of its source's link or of its target's, whichever is less."""
-        out, into = dict[int, int](), dict[int, int]()
-        for flow in self.under_way:
-            source, target = self.nodes[flow.source], self.nodes[flow.target]
-            out[source], into[target] = out.get(source, 0) + 1, into.get(target, 0) + 1
-        rate = self.rate
-        return [rate / max(out[self.nodes[f.source]], into[self.nodes[f.target]]) for f in self.under_way]
-
-    def _gone(self, flow: _Flow) -> None:
-        self.under_way.remove(flow)
+    def _gone(self, flow: Flow) -> None:
+        self.network.under_way.remove(flow)
         self.spans.append(Span(flow.source, "inter", flow.piece.tensor, flow.start, self.now))
         self.at(self.now + self.costs.inter.latency_s, "arrive", flow.target, flow.there)
-        self.at(self.now + self.answer_s, "gone", flow.source, flow.piece)
+        self.at(self.now + self.network.answer_s, "gone", flow.source, flow.piece)
 
     # Steps
 
     def _run(self, rank: int) -> None:
         """Goes on with a rank's steps until one has to wait, or takes time."""
         while self.position[rank] < len(self.steps[rank]):
-            step, start = self.steps[rank][self.position[rank]], self.now
+            step, self.started[rank] = self.steps[rank][self.position[rank]], self.now
             if isinstance(step, Pull):
-                place = self.symmetry.of(self.holder(rank, step.piece), step.piece)
+                place = self._found(rank, step)
                 if place not in self.there:
                     self.waiting.setdefault(place, []).append(rank)
                     return
                 self.there.add((rank, step.piece))
                 seconds = 0.0
-                if place[0] != rank or place[1] != step.piece:
+                if place != (rank, step.piece):
                     seconds = self.costs.intra.latency_s + self.nbytes(step.piece) / self.costs.intra.bytes_per_s
-                    self.spans.append(Span(rank, "intra", step.piece.tensor, start, start + seconds))
-                for waiter in self.waiting.pop((rank, step.piece), ()):
-                    self.at(start + seconds, "step", waiter)
             elif isinstance(step, Attend):
                 seconds = self._attend(rank, step)
-                self.spans.append(Span(rank, "compute", "attend", start, start + seconds))
             else:
-                seconds = self._push(rank, step)
-            self.position[rank] += 1
+                seconds = self.costs.copy(self.nbytes(step.piece))
             if seconds:
-                self.at(start + seconds, "step", rank)
+                self.working[rank] = seconds
                 return
+            self._end(rank, step)
         self._maybe_end(rank)
+
+    def _done(self, rank: int) -> None:
+        self._end(rank, self.steps[rank][self.position[rank]])
+        self._run(rank)
+
+    def _found(self, rank: int, step: Pull) -> tuple[int, Piece]:
+        """Where `rank` finds the piece that it pulls."""
+        return self.symmetry.of(self.holder(rank, step.piece), step.piece)
+
+    def _end(self, rank: int, step: Step) -> None:
+        """What follows from a step that has ended."""
+        start = self.started[rank]
+        self.position[rank] += 1
+        if isinstance(step, Attend):
+            self.spans.append(Span(rank, "compute", "attend", start, self.now))
+        elif isinstance(step, Pull):
+            if self._found(rank, step) != (rank, step.piece):
+                self.spans.append(Span(rank, "intra", step.piece.tensor, start, self.now))
+            for waiter in self.waiting.pop((rank, step.piece), ()):
+                self.at(self.now, "step", waiter)
+        elif self.nodes[step.home] != self.nodes[rank]:
+            self._arrive(rank, step.piece)  # in its staging block, from where it leaves
+        else:
+            home, there = self.symmetry.of(step.home, step.piece)
+            self.at(self.now + self.costs.intra.latency_s, "arrive", home, there)
+            self.spans.append(Span(rank, "intra", "o", start, self.now))
 
     def _attend(self, rank: int, step: Attend) -> float:
         shape, heads = self.shape, self.heads[step.heads]
@@ -300,16 +289,6 @@ class _Run:
             if (rank, who, step.heads) in self.met:  # a merge reads two results and writes one
                 seconds += self.costs.copy(3 * self.nbytes(Piece("o", who, step.heads)))
             self.met.add((rank, who, step.heads))
-        return seconds
-
-    def _push(self, rank: int, step: Push) -> float:
-        seconds = self.costs.copy(self.nbytes(step.piece))
-        if self.nodes[step.home] != self.nodes[rank]:
-            self.at(self.now + seconds, "arrive", rank, step.piece)  # in its staging block, from where it leaves
-        else:
-            home, there = self.symmetry.of(step.home, step.piece)
-            self.at(self.now + seconds + self.costs.intra.latency_s, "arrive", home, there)
-            self.spans.append(Span(rank, "intra", "o", self.now, self.now + seconds))
         return seconds
 
     def _maybe_end(self, rank: int) -> None:

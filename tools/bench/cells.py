@@ -128,6 +128,7 @@ class Machine:
     copy_bytes_per_s: float
     call_s: float
     spread: float
+    overlap: float = 1.0
 
 
 def measure(cluster: Cluster) -> Machine:
@@ -199,6 +200,7 @@ def describe(machine: Machine) -> str:
         {
             "inter_MB_per_s": round(inter.bytes_per_s / 1e6, 1),
             "inter_spread": round(machine.spread, 2),
+            "inter_overlap": round(machine.overlap, 2),
             "inter_latency_us": round(inter.latency_s * 1e6),
             "copy_MB_per_s": round(machine.copy_bytes_per_s / 1e6),
             "call_us": round(machine.call_s * 1e6),

@@ -1,0 +1,85 @@
+"""Transfers between nodes in a simulation: what leaves a rank goes in order, and links are shared."""
+
+import heapq
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ..attention.schedule import Piece
+from .costs import Costs
+
+
+@dataclass
+class Flow:
+    """A transfer of `left` bytes yet: `piece` at rank `source` goes to `target`, where it arrives as `there`."""
+
+    order: tuple[int, int]
+    source: int
+    piece: Piece
+    target: int
+    there: Piece
+    nbytes: int
+    left: float = 0.0
+    start: float = 0.0
+
+
+class Network:
+    """All flows. Of what is readable in a rank's memory the first in order leaves first, one flow at a time or a few.
+
+    per_node: ranks of a node.
+    """
+
+    def __init__(self, nodes: Sequence[int], costs: Costs, per_node: int) -> None:
+        self.nodes, self.costs = nodes, costs
+        # A rank hears that its block has arrived, and only then begins the next. Where a node has several ranks, one's
+        # pause is another's turn; here, where they keep in step as they really do not, they would pause together.
+        self.answer_s = 2 * costs.inter.latency_s if per_node == 1 else 0.0
+        self.under_way: list[Flow] = []
+        self._window = 2 * costs.inter.latency_s * costs.inter.bytes_per_s / per_node
+        self._outward: dict[int, dict[Piece, list[Flow]]] = {}
+        self._queue: dict[int, list[tuple[tuple[int, int], int, Flow]]] = {}
+        self._sending: dict[int, int] = {}  # bytes under way
+        self._ways = set[int]()  # how many nodes on the targets are
+        self._number = 0
+
+    def add(self, flow: Flow, node: int, to: int) -> None:
+        """node, to: between which it goes; its own ranks may stand for others."""
+        self._outward.setdefault(flow.source, {}).setdefault(flow.piece, []).append(flow)
+        self._ways.add((to - node) % (self.nodes[-1] + 1))
+
+    def leaving(self, rank: int) -> list[Piece]:
+        """The pieces that leave `rank`, in order."""
+        flows = [flow for flows in self._outward.get(rank, {}).values() for flow in flows]
+        return [flow.piece for flow in sorted(flows, key=lambda flow: flow.order)]
+
+    def ready(self, rank: int, piece: Piece, now: float) -> None:
+        """`piece` is readable in the memory of `rank`."""
+        for flow in self._outward.get(rank, {}).get(piece, ()):
+            self._number += 1
+            heapq.heappush(self._queue.setdefault(rank, []), (flow.order, self._number, flow))
+        self._fill(rank, now)
+
+    def rates(self) -> list[float]:
+        """Bytes a second of each flow: its share of its source's link or of its target's, whichever is less."""
+        out, into = dict[int, int](), dict[int, int]()
+        for flow in self.under_way:
+            source, target = self.nodes[flow.source], self.nodes[flow.target]
+            out[source], into[target] = out.get(source, 0) + 1, into.get(target, 0) + 1
+        rate = self.costs.inter.bytes_per_s * (self.costs.spread if len(self._ways) > 1 else 1.0)
+        return [rate / max(out[self.nodes[f.source]], into[self.nodes[f.target]]) for f in self.under_way]
+
+    def busy(self) -> set[int]:
+        """The nodes that send or receive."""
+        return {self.nodes[rank] for flow in self.under_way for rank in (flow.source, flow.target)}
+
+    def heard(self, rank: int, nbytes: int, now: float) -> None:
+        """`rank` has heard that so much of what it sent is there."""
+        self._sending[rank] -= nbytes
+        self._fill(rank, now)
+
+    def _fill(self, rank: int, now: float) -> None:
+        queue = self._queue.get(rank)
+        while queue and self._sending.get(rank, 0) < max(self._window, 1):
+            _, _, flow = heapq.heappop(queue)
+            flow.start, flow.left = now, flow.nbytes
+            self._sending[rank] = self._sending.get(rank, 0) + flow.nbytes
+            self.under_way.append(flow)
