@@ -66,7 +66,7 @@ def measure(transport: MpiTransport, dtype: torch.dtype, head_dim: int) -> Costs
     attention_flops, call_s, tile = _attention(world, dtype, head_dim)
     copy = _copy_speed(world, torch.ones(COPIED, dtype=torch.uint8))
     intra = _intra(transport, copy)
-    inter, spread = _inter(transport) if transport.nodes[-1] > 0 else (intra, 1.0)
+    inter, spread = links(transport) if transport.nodes[-1] > 0 else (intra, 1.0)
     traffic.inter, traffic.intra = before
     beside = overlap(transport, inter, _attending(dtype, head_dim)) if transport.nodes[-1] > 0 else 1.0
     memory = -world.largest(-_memory_bytes() / world.hosts.count(world.hosts[world.rank]), WHAT)
@@ -137,18 +137,23 @@ def _copy_speed(world: Group, source: torch.Tensor) -> float:
 # Links
 
 
-def _inter(transport: MpiTransport) -> tuple[Link, float]:
+def links(transport: MpiTransport) -> tuple[Link, float]:
     """Between nodes, all ranks of all nodes sending at once, each to a rank of the next node; and Costs.spread."""
     ranks = max(transport.nodes.count(node) for node in set(transport.nodes))
-    small, middle = transport.measure(transport.inter, SMALL), transport.measure(transport.inter, 1 << 16)
+
+    def seconds(nbytes: int, others: int = 1) -> float:
+        return transport.measure(transport.inter, nbytes, others, rounds=3)
+
+    small, middle = seconds(SMALL), seconds(1 << 16)
     # As large a block as a slow network moves in the time there is.
     slope = max(middle - small, 1e-6) / ((1 << 16) - SMALL)
-    large = int(min(max(SECONDS / slope / 4, 1 << 17), LARGE))
-    one = transport.measure(transport.inter, large)
-    speed = (large - SMALL) / max(one - small, 1e-9)
+    large = int(min(max(SECONDS / slope, 1 << 17), LARGE))
+    whole = seconds(large)
+    # What passes at once after a pause, and then no more, is not in the difference.
+    speed = large * 3 / 4 / max(whole - seconds(large // 4), 1e-9)
     others = min(transport.nodes[-1], OTHERS)
-    spread = min(others * one / transport.measure(transport.inter, large, others), 1.0) if others > 1 else 1.0
-    return Link(max(small - SMALL / speed, 1e-7), ranks * speed), spread
+    by_turns = others * large / seconds(large, others) if others > 1 else speed
+    return Link(max(small - SMALL / speed, 1e-7), ranks * speed), min(by_turns / speed, 1.0)
 
 
 def overlap(transport: MpiTransport, link: Link, body: Callable[[], object]) -> float:

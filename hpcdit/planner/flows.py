@@ -30,9 +30,6 @@ class Network:
 
     def __init__(self, nodes: Sequence[int], costs: Costs, per_node: int) -> None:
         self.nodes, self.costs = nodes, costs
-        # A rank hears that its block has arrived, and only then begins the next. Where a node has several ranks, one's
-        # pause is another's turn; here, where they keep in step as they really do not, they would pause together.
-        self.answer_s = 2 * costs.inter.latency_s if per_node == 1 else 0.0
         self.under_way: list[Flow] = []
         self._window = 2 * costs.inter.latency_s * costs.inter.bytes_per_s / per_node
         self._outward: dict[int, dict[Piece, list[Flow]]] = {}
@@ -54,9 +51,22 @@ class Network:
     def ready(self, rank: int, piece: Piece, now: float) -> None:
         """`piece` is readable in the memory of `rank`."""
         for flow in self._outward.get(rank, {}).get(piece, ()):
-            self._number += 1
-            heapq.heappush(self._queue.setdefault(rank, []), (flow.order, self._number, flow))
+            flow.left, flow.start = flow.nbytes, now
+            self._wait(flow)
+        self._give_way(rank)
         self._fill(rank, now)
+
+    def _wait(self, flow: Flow) -> None:
+        self._number += 1
+        heapq.heappush(self._queue.setdefault(flow.source, []), (flow.order, self._number, flow))
+
+    def _give_way(self, rank: int) -> None:
+        """What is wanted later than the first that waits pauses: blocks travel in parts."""
+        queue = self._queue.get(rank)
+        for flow in [flow for flow in self.under_way if queue and flow.source == rank and flow.order > queue[0][0]]:
+            self.under_way.remove(flow)
+            self._sending[rank] -= flow.nbytes
+            self._wait(flow)
 
     def rates(self) -> list[float]:
         """Bytes a second of each flow: its share of its source's link or of its target's, whichever is less."""
@@ -71,15 +81,17 @@ class Network:
         """The nodes that send or receive."""
         return {self.nodes[rank] for flow in self.under_way for rank in (flow.source, flow.target)}
 
-    def heard(self, rank: int, nbytes: int, now: float) -> None:
-        """`rank` has heard that so much of what it sent is there."""
-        self._sending[rank] -= nbytes
-        self._fill(rank, now)
+    def gone(self, flow: Flow, now: float) -> None:
+        """All of `flow` has left its rank."""
+        self.under_way.remove(flow)
+        self._sending[flow.source] -= flow.nbytes
+        self._fill(flow.source, now)
 
     def _fill(self, rank: int, now: float) -> None:
         queue = self._queue.get(rank)
         while queue and self._sending.get(rank, 0) < max(self._window, 1):
             _, _, flow = heapq.heappop(queue)
-            flow.start, flow.left = now, flow.nbytes
+            if flow.left == flow.nbytes:
+                flow.start = now
             self._sending[rank] = self._sending.get(rank, 0) + flow.nbytes
             self.under_way.append(flow)

@@ -108,7 +108,7 @@ class _Run:
         self.network = Network(nodes, costs, max(nodes.count(node) for node in set(nodes[: self.symmetry.period])))
         self.working: dict[int, float] = {}  # what is left of a rank's present step, seconds with all of its speed
         self.started = [0.0] * len(self.ranks)  # the present step
-        self.events: list[tuple[float, int, str, int, Piece | None]] = []
+        self.events: list[tuple[float, int, int, Piece | None]] = []
         self.number, self.now = 0, 0.0
         self.met: set[tuple[int, int, int]] = set()
         self.spans: list[Span] = []
@@ -156,9 +156,10 @@ class _Run:
 
     # Events
 
-    def at(self, time: float, what: str, rank: int, piece: Piece | None = None) -> None:
+    def at(self, time: float, rank: int, piece: Piece | None = None) -> None:
+        """At `time` `piece` is readable in the memory of `rank`; without one, the rank goes on with its steps."""
         self.number += 1
-        heapq.heappush(self.events, (time, self.number, what, rank, piece))
+        heapq.heappush(self.events, (time, self.number, rank, piece))
 
     def timeline(self) -> Timeline:
         for rank in self.ranks:
@@ -181,16 +182,14 @@ class _Run:
         for rank in steps:
             self.working[rank] -= speeds[rank] * (time - self.now)
         self.now = time
-        if self.events and self.events[0][0] <= time:
-            _, _, what, rank, piece = heapq.heappop(self.events)
-            if piece is None:
-                self._run(rank)
-            elif what == "arrive":
-                self._arrive(rank, piece)
-            else:
-                self.network.heard(rank, self.nbytes(piece), self.now)
         for flow in gone:
             self._gone(flow)
+        if self.events and self.events[0][0] <= time:
+            _, _, rank, piece = heapq.heappop(self.events)
+            if piece is None:
+                self._run(rank)
+            else:
+                self._arrive(rank, piece)
         for rank, end in steps.items():
             if end <= time + 1e-12:
                 del self.working[rank]
@@ -210,8 +209,8 @@ class _Run:
             for slot in slots:
                 piece = Piece(tensor, rank, slot)
                 time += self.costs.copy(self.nbytes(piece))
-                self.at(time, "arrive", rank, piece)
-        self.at(time, "step", rank)
+                self.at(time, rank, piece)
+        self.at(time, rank)
 
     def _arrive(self, rank: int, piece: Piece) -> None:
         if piece.tensor == "o" and piece.tokens == rank:
@@ -221,13 +220,12 @@ class _Run:
         self.there.add((rank, piece))
         self.network.ready(rank, piece, self.now)
         for waiter in self.waiting.pop((rank, piece), ()):
-            self.at(self.now, "step", waiter)
+            self.at(self.now, waiter)
 
     def _gone(self, flow: Flow) -> None:
-        self.network.under_way.remove(flow)
+        self.network.gone(flow, self.now)
         self.spans.append(Span(flow.source, "inter", flow.piece.tensor, flow.start, self.now))
-        self.at(self.now + self.costs.inter.latency_s, "arrive", flow.target, flow.there)
-        self.at(self.now + self.network.answer_s, "gone", flow.source, flow.piece)
+        self.at(self.now + self.costs.inter.latency_s, flow.target, flow.there)
 
     # Steps
 
@@ -272,12 +270,12 @@ class _Run:
             if self._found(rank, step) != (rank, step.piece):
                 self.spans.append(Span(rank, "intra", step.piece.tensor, start, self.now))
             for waiter in self.waiting.pop((rank, step.piece), ()):
-                self.at(self.now, "step", waiter)
+                self.at(self.now, waiter)
         elif self.nodes[step.home] != self.nodes[rank]:
             self._arrive(rank, step.piece)  # in its staging block, from where it leaves
         else:
             home, there = self.symmetry.of(step.home, step.piece)
-            self.at(self.now + self.costs.intra.latency_s, "arrive", home, there)
+            self.at(self.now + self.costs.intra.latency_s, home, there)
             self.spans.append(Span(rank, "intra", "o", start, self.now))
 
     def _attend(self, rank: int, step: Attend) -> float:

@@ -2,7 +2,8 @@
 
 import heapq
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import numpy as np
 from mpi4py import MPI
@@ -12,46 +13,60 @@ from ..group import Group
 from ..heartbeats import array
 from .base import Exchange, Pattern, Place, Transfer
 
+# Bytes of a message: few enough that MPI sends it without asking its receiver, enough that a part is worth its calls.
+PART = 1 << 17
+AHEAD = 4  # parts of a transfer that are expected at the same time
+
 
 class Window:
-    """Transfers that wait for their turn, the first in the pattern's order first; `start` is called when it comes.
+    """Parts of transfers that wait for their turn, the first transfer in the pattern's order first.
 
-    One is under way, or several until they have `nbytes` together: as much as a link carries while word comes back that
-    the first is there. With more, what is needed first would share the link with what is needed later.
+    One part is under way, or several until they have `nbytes` together: as much as a link carries while a message
+    passes and its answer. With more, what is needed first would share the link with what is needed later.
     """
 
     def __init__(
-        self, pattern: Pattern, nbytes: int, start: Callable[[int, Transfer, int, int], MPI.Request]
-    ) -> None:  # fmt: skip
-        self._pattern, self._nbytes, self._start = pattern, nbytes, start
-        self._waiting: list[tuple[int, Transfer, int, int]] = []
-        self._under_way: list[tuple[MPI.Request, Transfer, int]] = []
+        self,
+        nbytes: int,
+        parts: Callable[[Transfer], Sequence[int]],
+        start: Callable[[Transfer, int, int], MPI.Request],
+    ) -> None:
+        """parts: bytes of each part of a transfer; start(transfer, buffer set, part) is called when its turn comes."""
+        self._nbytes, self._parts, self._start = nbytes, parts, start
+        self._waiting: list[tuple[int, int, Transfer, int, int]] = []
+        self._under_way: list[tuple[MPI.Request, tuple[Transfer, int, int]]] = []
 
     def __bool__(self) -> bool:
         return bool(self._waiting or self._under_way)
 
     def add(self, number: int, transfer: Transfer, which: int, round_: int) -> None:
         """number: the transfer's, in the pattern."""
-        heapq.heappush(self._waiting, (number, transfer, which, round_))
+        heapq.heappush(self._waiting, (round_, number, transfer, which, 0))
         self._fill()
 
     def poll(self) -> list[tuple[Transfer, int]]:
         """(transfer, round) of those that have ended since the last poll."""
-        ended = done(self._under_way)
+        ended = [transfer_part for _, transfer_part in done(self._under_way)]
         self._fill()
-        return [(transfer, round_) for _, transfer, round_ in ended]
+        return [(transfer, round_) for transfer, round_, part in ended if part == len(self._parts(transfer)) - 1]
 
     def _fill(self) -> None:
-        size = sum(self._pattern.nbytes(transfer.source) for _, transfer, _ in self._under_way)
+        size = sum(self._parts(transfer)[part] for _, (transfer, _, part) in self._under_way)
         while self._waiting and (not self._under_way or size < self._nbytes):
-            number, transfer, which, round_ = heapq.heappop(self._waiting)
-            self._under_way.append((self._start(number, transfer, which, round_), transfer, round_))
-            size += self._pattern.nbytes(transfer.source)
+            round_, number, transfer, which, part = heapq.heappop(self._waiting)
+            self._under_way.append((self._start(transfer, which, part), (transfer, round_, part)))
+            parts = self._parts(transfer)
+            size += parts[part]
+            if part + 1 < len(parts):
+                heapq.heappush(self._waiting, (round_, number, transfer, which, part + 1))
 
 
-def done(requests: list[tuple[MPI.Request, Transfer, int]]) -> list[tuple[MPI.Request, Transfer, int]]:
+Tagged = TypeVar("Tagged")
+
+
+def done(requests: list[tuple[MPI.Request, Tagged]]) -> list[tuple[MPI.Request, Tagged]]:
     """Takes those that have ended out of `requests`: one look of MPI for all, where a look at each costs as much."""
-    indices = MPI.Request.Testsome([request for request, _, _ in requests]) if requests else None
+    indices = MPI.Request.Testsome([request for request, _ in requests]) if requests else None
     ended = [requests[index] for index in indices or ()]
     for index in sorted(indices or (), reverse=True):
         del requests[index]
@@ -128,12 +143,18 @@ class Wire(ABC):
 
 
 class PersistentWire(Wire):
-    """Both ends know every transfer in advance: requests are made once, receives are started as a round begins."""
+    """Both ends know every transfer in advance: requests are made once, and receives are posted ahead of what comes.
+
+    Blocks travel in parts. A large message waits for its receiver's consent, and that would stand behind what the
+    receiver itself has under way on the same connection: the two directions would take turns. (Measured, two nodes
+    that send to each other at 400 Mbit/s: 24 MB/s in most rounds, 48 with parts.)
+    """
 
     def __init__(
         self, pattern: Pattern, comm: MPI.Comm, buffers: Callable[[Place, int], np.ndarray], window: int
     ) -> None:  # fmt: skip
-        self._requests: dict[tuple[Transfer, int], MPI.Prequest] = {}
+        self._pattern = pattern
+        self._requests: dict[tuple[Transfer, int], list[MPI.Prequest]] = {}
         self._inward = [t for t in pattern.transfers if t.target.rank == comm.rank]
         self._number_of = {t: n for n, t in enumerate(pattern.transfers) if t.source.rank == comm.rank}
         self._comm = comm.Dup()  # tags of this exchange meet no others
@@ -141,33 +162,50 @@ class PersistentWire(Wire):
             for which in range(Exchange.SETS):
                 tag = number * Exchange.SETS + which
                 if t.target.rank == comm.rank:
-                    self._requests[t, which] = self._comm.Recv_init(buffers(t.target, which), t.source.rank, tag)
+                    parts = self._cut(buffers(t.target, which))
+                    self._requests[t, which] = [self._comm.Recv_init(part, t.source.rank, tag) for part in parts]
                 elif t.source.rank == comm.rank:
-                    # Synchronous: it ends when the receiver has it. Others end when a kernel's buffer has it, and then
-                    # everything is under way at once.
-                    request = self._comm.Ssend_init(buffers(t.source, which), t.target.rank, tag)
-                    assert isinstance(request, MPI.Prequest)  # mpi4py's types do not say so
-                    self._requests[t, which] = request
-        self._receiving: list[tuple[MPI.Request, Transfer, int]] = []
-        self._sending = Window(pattern, window, self._send)
+                    parts = self._cut(buffers(t.source, which))
+                    self._requests[t, which] = [self._comm.Send_init(part, t.target.rank, tag) for part in parts]
+        # Of each transfer the part that comes next; parts of one transfer come in their order.
+        self._receiving: list[tuple[MPI.Request, tuple[Transfer, int, int, int]]] = []
+        self._sending = Window(window, self._parts, self._send)
 
-    def _send(self, number: int, transfer: Transfer, which: int, round_: int) -> MPI.Request:
-        request = self._requests[transfer, which]
+    @staticmethod
+    def _cut(block: np.ndarray) -> list[np.ndarray]:
+        return [block[at : at + PART] for at in range(0, max(len(block), 1), PART)]
+
+    def _parts(self, transfer: Transfer) -> list[int]:
+        nbytes = self._pattern.nbytes(transfer.source)
+        return [min(PART, nbytes - at) for at in range(0, max(nbytes, 1), PART)]
+
+    def _send(self, transfer: Transfer, which: int, part: int) -> MPI.Request:
+        request = self._requests[transfer, which][part]
         request.Start()
         return request
 
     def begin(self, which: int, number: int) -> None:
         for t in self._inward:
-            request = self._requests[t, which]
-            request.Start()
-            self._receiving.append((request, t, number))
+            requests = self._requests[t, which]
+            for request in requests[:AHEAD]:
+                request.Start()
+            self._receiving.append((requests[0], (t, which, 0, number)))
 
     def start(self, transfer: Transfer, which: int, number: int) -> None:
         self._sending.add(self._number_of[transfer], transfer, which, number)
 
     def poll(self) -> list[tuple[Transfer, int]]:
         self._sending.poll()
-        return [(transfer, number) for _, transfer, number in done(self._receiving)]
+        arrived = []
+        for _, (transfer, which, part, number) in done(self._receiving):
+            requests = self._requests[transfer, which]
+            if part + AHEAD < len(requests):
+                requests[part + AHEAD].Start()
+            if part + 1 < len(requests):
+                self._receiving.append((requests[part + 1], (transfer, which, part + 1, number)))
+            else:
+                arrived.append((transfer, number))
+        return arrived
 
     def leaving(self) -> bool:
         return bool(self._sending)
@@ -176,8 +214,9 @@ class PersistentWire(Wire):
         return bool(self._sending or self._receiving)
 
     def close(self) -> None:
-        for request in self._requests.values():
-            request.Free()
+        for requests in self._requests.values():
+            for request in requests:
+                request.Free()
         self._comm.Free()
 
 
@@ -196,7 +235,7 @@ class RmaWire(Wire):
         self._flag = mine.view(np.int64)
         self._flag[:] = 0
         self._expected: dict[int, tuple[Transfer, int, int]] = {}
-        self._getting = Window(pattern, window, self._get)
+        self._getting = Window(window, lambda transfer: [pattern.nbytes(transfer.source)], self._get)
         self._flagging: list[tuple[MPI.Request, np.ndarray, np.ndarray]] = []
 
     def begin(self, which: int, number: int) -> None:
@@ -219,7 +258,7 @@ class RmaWire(Wire):
                 del self._expected[n]
         return self._getting.poll()
 
-    def _get(self, number: int, transfer: Transfer, which: int, round_: int) -> MPI.Request:
+    def _get(self, transfer: Transfer, which: int, part: int) -> MPI.Request:
         into = self._buffers(transfer.target, which)
         return self._window.Rget(
             into, transfer.source.rank, [self._offsets(transfer.source, which), into.nbytes, MPI.BYTE]

@@ -7,8 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hpcdit.attention.methods import METHODS, Layout
-from hpcdit.attention.schedule import Attend, Shape, traffic
+from hpcdit.attention.schedule import Attend, Piece, Shape, traffic
 from hpcdit.planner.costs import Costs, Link
+from hpcdit.planner.flows import Flow, Network
 from hpcdit.planner.simulate import Symmetry, simulate
 
 # Copies and the network inside a node cost nothing, so that the sums below are short.
@@ -35,16 +36,41 @@ def test_one_rank_takes_its_one_call() -> None:
     assert found.inter_bytes == found.intra_bytes == 0
 
 
-@pytest.mark.parametrize(("latency_s", "gaps"), [(1e-4, 2), (0.25, 0)])
-def test_two_nodes_of_ulysses_pay_for_each_transfer_and_the_whole_computation(latency_s: float, gaps: int) -> None:
-    """gaps: between three pieces, while word comes back that one is there; a long link has all under way at once."""
+@pytest.mark.parametrize("latency_s", [1e-4, 0.25])
+def test_two_nodes_of_ulysses_pay_for_each_transfer_and_the_whole_computation(latency_s: float) -> None:
     shape = Shape(1, 100, 2, 8)
     costs = replace(COSTS, inter=Link(latency_s, 1e6))
     found = simulate(Layout("ulysses", 2, 1).schedule(), shape, (0, 1), costs, 4)
     piece_s = 50 * 1 * 8 * 4 / 1e6
-    leaving_s = 3 * piece_s + gaps * 2 * latency_s
     assert found.compute_s == pytest.approx(100 * 100 * 1 * 4 * 8 / 1e9)
-    assert found.seconds == pytest.approx(leaving_s + latency_s + found.compute_s + piece_s + latency_s)
+    assert found.seconds == pytest.approx(3 * piece_s + latency_s + found.compute_s + piece_s + latency_s)
+
+
+def test_transfers_slow_the_computation_beside_them() -> None:
+    """A ring of two: k and v travel while each attends its own; the second half is attended with nothing beside it."""
+    shape = Shape(1, 8000, 1, 8)
+    free, half = (
+        simulate(Layout("ring", 1, 2).schedule(), shape, (0, 1), replace(COSTS, inter=Link(0.0, 1e6), overlap=o), 4)
+        for o in (1.0, 0.5)
+    )
+    moving_s = 2 * 4000 * 8 * 4 / 1e6
+    assert moving_s < free.compute_s / 2
+    assert half.compute_s == free.compute_s
+    assert half.seconds == pytest.approx(free.seconds + moving_s / 2)
+
+
+def test_what_is_wanted_later_gives_way_on_the_link() -> None:
+    network = Network((0, 1), replace(COSTS, inter=Link(0.0, 1e6)), 1)
+    late, soon = (Flow((0, order), 0, Piece("k", 0, order), 1, Piece("k", 0, order), 1000) for order in (5, 2))
+    for flow in (late, soon):
+        network.add(flow, 0, 1)
+    network.ready(0, late.piece, 0.0)
+    assert network.under_way == [late]
+    late.left = 400.0  # as the simulation counts it down
+    network.ready(0, soon.piece, 0.0006)
+    assert network.under_way == [soon]
+    network.gone(soon, 0.0016)
+    assert network.under_way == [late] and late.left == 400 and (soon.start, late.start) == (0.0006, 0.0)
 
 
 def test_ranks_of_a_node_share_its_link() -> None:

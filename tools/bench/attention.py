@@ -115,7 +115,7 @@ class Report:
         if min(self.xs, default=0) <= 0 or min(args.layers, args.repeat, args.length, args.dim) < 1:
             raise InputError("--x, --layers, --repeat, --length and --dim are above 0")
         self.transport = MpiTransport(cluster, args.inter)
-        self.machine = measure(cluster)
+        self.machine = measure(self.transport)
         if self.real:  # a kernel that sleeps loses nothing to others
             q = torch.randn(256, 1, args.heads, args.dim)
             found = overlap(self.transport, self.machine.inter, lambda: cpu.attend(q, q, q))

@@ -1,9 +1,7 @@
 """Runs chains of attention layers on all ranks, times them and checks what they computed."""
 
 import json
-import math
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,8 +14,8 @@ from hpcdit.attention.schedule import Shape
 from hpcdit.cluster import MPI, Cluster
 from hpcdit.kernels.base import Kernels
 from hpcdit.mesh import cut
+from hpcdit.planner.calibrate import links
 from hpcdit.planner.costs import Link
-from hpcdit.service import BUSY_NAP_S
 from hpcdit.transport.mpi import MpiTransport
 
 SETS = 3  # of q, k, v, by turns: two buffer sets alternate, and what one held before must not pass for what is wanted
@@ -131,34 +129,9 @@ class Machine:
     overlap: float = 1.0
 
 
-def measure(cluster: Cluster) -> Machine:
-    """The links between nodes by plain MPI, all ranks sending at once; copies and naps of all ranks at once."""
-    world, nodes = cluster.world, cluster.nodes
-    others = range(1, cluster.node_count)
-
-    def there(way: int) -> int:
-        """The rank that is to the node `way` nodes on as this one is to its own."""
-        node = (cluster.node + way) % cluster.node_count
-        return nodes.index(node) + (world.rank - nodes.index(cluster.node)) % nodes.count(node)
-
-    def exchange(nbytes: int, ways: Sequence[int]) -> float:
-        """Seconds of a message of each rank to each of `ways`, one after the other, as a wire sends them."""
-        out, into = np.zeros(nbytes, np.uint8), np.empty((len(ways), nbytes), np.uint8)
-        requests = [world.comm.Irecv(into[tag], there(-way), tag) for tag, way in enumerate(ways)]
-        world.barrier(WHAT)
-        start = time.perf_counter()
-        left, send = list(enumerate(ways)), MPI.REQUEST_NULL
-        while left or not MPI.Request.Testall([send, *requests]):
-            if left and send.Test():
-                tag, way = left.pop(0)
-                send = world.comm.Issend(out, there(way), tag)
-            time.sleep(BUSY_NAP_S)  # as the service thread does
-        return world.largest(time.perf_counter() - start, WHAT)
-
-    def bandwidth(ways: Sequence[int], nbytes: int = 1 << 18) -> float:
-        """Bytes a second of a node."""
-        seconds = float(np.median([exchange(nbytes, ways) for _ in range(3)]))
-        return min(nodes.count(n) for n in range(cluster.node_count)) * nbytes * len(ways) / seconds
+def measure(transport: MpiTransport) -> Machine:
+    """The links between nodes, copies and naps, of all ranks at once."""
+    world = transport.cluster.world
 
     def copy(nbytes: int = 1 << 23) -> float:
         out, into = torch.zeros(nbytes, dtype=torch.uint8), torch.zeros(nbytes, dtype=torch.uint8)
@@ -178,19 +151,13 @@ def measure(cluster: Cluster) -> Machine:
             kernels.merge(*out, *out)
         return (time.perf_counter() - start) / calls - seconds
 
-    latency, next_one, by_turns = 0.0, math.inf, math.inf
-    if others:
-        latency = min(exchange(64, [1]) for _ in range(10))
-        ways = [*others] * -(-MESSAGES // len(others))
-        next_one, by_turns = bandwidth([1] * len(ways)), bandwidth(ways)
     speeds, calls = ([measured() for _ in range(5)] for measured in (copy, call))
     found = [float(np.median(times)) for times in (speeds, calls)]
     everyone = [json.loads(text) for text in world.gather(json.dumps(found).encode(), 0, WHAT)] or [found]
     speed, overhead = np.mean(everyone, axis=0)
-    spread = min(by_turns / next_one, 1.0) if len(others) > 1 else 1.0
-    agreed = world.broadcast([latency, next_one, float(speed), max(float(overhead), 0.0), spread], WHAT)
-    latency, next_one, speed, overhead, spread = agreed
-    return Machine(Link(latency, next_one), Link(5e-5, speed), speed, overhead, spread)
+    speed, overhead = world.broadcast([float(speed), max(float(overhead), 0.0)], WHAT)
+    inter, spread = links(transport)
+    return Machine(inter, Link(5e-5, speed), speed, overhead, spread)
 
 
 def describe(machine: Machine) -> str:
