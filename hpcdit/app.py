@@ -89,8 +89,6 @@ def _run(world: "World", argv: Sequence[str], stop: StopRequest) -> int:
     from .cluster import Cluster
     from .render.batch import Batch, prepare
 
-    if config.transport.kind == "nvshmem":
-        raise InputError("transport.kind=nvshmem: not supported yet; allowed: auto or mpi")
     cluster = Cluster(world, config.cluster.ranks_per_node)
     if config.cluster.nodes not in (None, cluster.node_count):
         raise InputError(

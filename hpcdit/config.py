@@ -37,6 +37,9 @@ class Model:
     name: str
     path: str | None
     dtype: str
+    device: str
+    compile: bool
+    graph: bool
     sampling: dict[str, Any]
     shape: dict[str, Any] | None
 

@@ -59,7 +59,7 @@ class Case:
             UNTIMED,
         )
         width = self.shape.heads * self.shape.dim
-        gather = Gather(self.shape.batch, self.shape.length, width, transport, dtype, UNTIMED)
+        gather = Gather(self.shape.batch, self.shape.length, width, transport, kernels, dtype, UNTIMED)
         tokens = cut(self.shape.length, self.ranks)[transport.rank]
         worst = [0.0, 0.0]
         pauses = random.Random(100 * self.seed + transport.rank)

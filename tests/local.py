@@ -42,7 +42,7 @@ class LocalExchange(Exchange):
         return self.transport.board.exchanges[self.number, rank]
 
     def memory(self, rank: int, which: int) -> torch.Tensor | None:
-        near = self.transport.nodes[rank] == self.transport.nodes[self.transport.rank]
+        near = self.transport.spaces[rank] == self.transport.spaces[self.transport.rank]
         return self.peer(rank).sets[which] if near else None
 
     def begin(self) -> int:
@@ -84,9 +84,16 @@ class LocalExchange(Exchange):
 
 
 class LocalTransport(Transport):
-    def __init__(self, rank: int, nodes: Sequence[int], board: Board) -> None:
+    def __init__(self, rank: int, nodes: Sequence[int], board: Board, apart: bool) -> None:
         super().__init__(rank=rank, nodes=nodes)
-        self.board, self._made = board, 0
+        self.board, self.apart, self._made = board, apart, 0
+
+    @property
+    def spaces(self) -> Sequence[int]:
+        return range(self.size) if self.apart else self.nodes
+
+    def measure(self, nbytes: int, others: int = 1, rounds: int = 5) -> float:
+        raise NotImplementedError("threads have no links")
 
     def exchange(self, pattern: Pattern) -> LocalExchange:
         self._made += 1
@@ -96,14 +103,17 @@ class LocalTransport(Transport):
         return {"kind": "threads"}
 
 
-def on_ranks(nodes: Sequence[int], body: Callable[[LocalTransport], Any]) -> list[Any]:
-    """Runs `body` on a thread a rank; the results by rank, or the first failure."""
+def on_ranks(nodes: Sequence[int], body: Callable[[LocalTransport], Any], apart: bool = False) -> list[Any]:
+    """Runs `body` on a thread a rank; the results by rank, or the first failure.
+
+    apart: no rank reads another's memory in place, be it on its own node, as GPUs do not.
+    """
     board = Board(len(nodes))
     errors: list[BaseException] = []
 
     def rank_body(rank: int) -> Any:
         try:
-            return body(LocalTransport(rank, nodes, board))
+            return body(LocalTransport(rank, nodes, board, apart))
         except BaseException as error:
             errors.append(error)
             board.fail()

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import torch
 
-from ..kernels.base import Kernels
+from ..kernels.base import Kernels, Norm, Tables
 from ..mesh import Mesh
 from ..transport.base import Exchange, Place, Transport
 from .methods import gather as gather_method
@@ -32,13 +32,16 @@ class Spans:
 class Replay:
     """One rank's part of a schedule, replayed round after round in symmetric memory."""
 
-    def __init__(self, placement: Placement, transport: Transport, dtype: torch.dtype, spans: Spans) -> None:
-        self.placement, self.transport, self.spans = placement, transport, spans
+    def __init__(
+        self, placement: Placement, transport: Transport, kernels: Kernels, dtype: torch.dtype, spans: Spans
+    ) -> None:
+        self.placement, self.transport, self.kernels, self.spans = placement, transport, kernels, spans
         self.rank = transport.rank
         self.steps = placement.schedule.ranks[self.rank]
         self.exchange: Exchange = transport.exchange(placement.pattern(dtype))
         self._set = 0
         self._open = False
+        self.device = torch.device("cpu")  # of what is published
         leaving = (p for source, _, p in placement.crossings if source == p.tokens == self.rank)
         own, slots = placement.schedule.own(self.rank), placement.schedule.slots
         self.tensors, self.slots = publishing(leaving, own, slots)
@@ -51,21 +54,32 @@ class Replay:
     def view(self, pieces: list[Piece], rank: int) -> torch.Tensor | None:
         return self.placement.view(self.memory(rank), rank, pieces)
 
-    def publish(self, tensor: str, x: torch.Tensor) -> None:
+    def here(self, x: torch.Tensor) -> torch.Tensor:
+        """x on the device that computes: where GPUs talk through the host, symmetric memory is the host's."""
+        return x.to(self.device)
+
+    def publish(self, tensor: str, x: torch.Tensor, norm: Norm | None = None, tables: Tables | None = None) -> None:
         """Writes this rank's tokens of `tensor` into its blocks, one a head slot, and signals each.
 
-        x: [B, tokens, H, D].
+        x: [B, tokens, H, D]; norm, tables: what it gets on its way, see kernels.cpu.embed.
         """
         if not self._open:
             self._set, self._open = self.exchange.begin(), True
-        rows = x.transpose(0, 1)
+        self.device = x.device
+        blocks = []
         for slot in self.slots:
-            heads = self.placement.heads[slot]
-            piece = Piece(tensor, self.rank, slot)
-            block = self.view([piece], self.rank)
+            block = self.view([Piece(tensor, self.rank, slot)], self.rank)
             assert block is not None
-            block.copy_(rows[:, :, heads.start : heads.stop])
-            self.exchange.signal(self.placement.place(piece, self.rank))
+            blocks.append((self.placement.heads[slot], block))
+        if blocks[0][1].device == x.device:
+            self.kernels.embed(x, norm, tables, blocks)
+        else:
+            made = [(heads, torch.empty_like(block, device=x.device)) for heads, block in blocks]
+            self.kernels.embed(x, norm, tables, made)
+            for (_, block), (_, new) in zip(blocks, made, strict=True):
+                block.copy_(new)
+        for slot in self.slots:
+            self.exchange.signal(self.placement.place(Piece(tensor, self.rank, slot), self.rank))
 
     def pull(self, step: Pull) -> None:
         """Returns when the piece is readable; brings it to its place among this rank's pieces if it has one."""
@@ -74,7 +88,8 @@ class Replay:
         self.exchange.wait(self.placement.place(step.piece, holder))
         nbytes = self.placement.count(step.piece) * self.memory(self.rank).element_size()
         if holder == self.rank:
-            self.spans.end(f"pull {step.piece.tensor}", "inter", start, nbytes)
+            source = self.placement.holder(step.piece, step.source)
+            self.spans.end(f"pull {step.piece.tensor}", self.lane(source), start, nbytes)
             return
         if step.piece in self.placement.blocks[self.rank]:
             here, there = self.view([step.piece], self.rank), self.view([step.piece], holder)
@@ -82,6 +97,11 @@ class Replay:
             here.copy_(there)
         self.transport.traffic.intra += nbytes
         self.spans.end(f"pull {step.piece.tensor}", "intra", start, nbytes)
+
+    def lane(self, peer: int) -> str:
+        """The lane of what passes between this rank and `peer`."""
+        nodes = self.transport.nodes
+        return "intra" if nodes[peer] == nodes[self.rank] else "inter"
 
     def finish(self) -> None:
         """Ends the round: nothing of it is still leaving this rank's memory."""
@@ -107,15 +127,15 @@ class Attention:
         dtype: torch.dtype,
         spans: Spans,
     ) -> None:
-        self.placement = Placement(schedule, shape, tuple(transport.nodes))
+        self.placement = Placement(schedule, shape, tuple(transport.spaces))
         self.kernels, self.spans = kernels, spans
-        self.replay = Replay(self.placement, transport, dtype, spans)
+        self.replay = Replay(self.placement, transport, kernels, dtype, spans)
         self.tensors, self.publish = self.replay.tensors, self.replay.publish
         self.close = self.replay.close
 
     def attend(self) -> torch.Tensor:
         """The attention output of this rank's tokens, all heads: [B, tokens, H, D]."""
-        partial: dict[tuple[int, int], Partial] = {}
+        partial: dict[tuple[int, int], list[Partial]] = {}
         for step in self.replay.steps:
             match step:
                 case Pull():
@@ -123,9 +143,9 @@ class Attention:
                 case Attend():
                     self._attend(step, partial)
                 case Push(piece, _):
-                    self._push(piece, partial.pop((piece.tokens, piece.heads))[0])
-        for (rank, slot), (finished, _) in partial.items():
-            self._push(Piece("o", rank, slot), finished)
+                    self._push(piece, partial.pop((piece.tokens, piece.heads)))
+        for (rank, slot), found in partial.items():
+            self._push(Piece("o", rank, slot), found)
         out = self._collect()
         self.replay.finish()
         return out
@@ -135,16 +155,17 @@ class Attention:
         replay = self.replay
         pieces = [Piece(tensor, who, slot) for who in tokens]
         if (view := replay.view(pieces, replay.rank)) is not None:
-            return view
+            return replay.here(view)
         parts = []
         for piece in pieces:
             here = piece in self.placement.blocks[replay.rank]
             part = replay.view([piece], replay.rank if here else self.placement.holder(piece, replay.rank))
             assert part is not None
             parts.append(part)
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        return replay.here(parts[0] if len(parts) == 1 else torch.cat(parts))
 
-    def _attend(self, step: Attend, partial: dict[tuple[int, int], Partial]) -> None:
+    def _attend(self, step: Attend, partial: dict[tuple[int, int], list[Partial]]) -> None:
+        """Attends, and keeps the last result apart: the last merge of all writes where the whole is wanted."""
         start = self.spans.start()
         q, k, v = (self._operand(t, step.q if t == "q" else step.kv, step.heads) for t in "qkv")
         out, lse = self.kernels.attend(q, k, v)
@@ -152,21 +173,29 @@ class Attention:
         for who in step.q:
             count, key = len(self.placement.tokens[who]), (who, step.heads)
             new = out[at : at + count], lse[at : at + count]
-            partial[key] = self.kernels.merge(*partial[key], *new) if key in partial else new
+            found = partial.setdefault(key, [])
+            if len(found) == 2:
+                found[:] = [self.kernels.merge(*found[0], *found[1])]
+            found.append(new)
             at += count
         self.spans.end("attend", "compute", start)
 
-    def _push(self, piece: Piece, out: torch.Tensor) -> None:
+    def _push(self, piece: Piece, found: list[Partial]) -> None:
         start = self.spans.start()
         place = self.placement.landing(piece, self.replay.rank)
         block = self.replay.view([piece], place.rank)
         assert block is not None
-        block.copy_(out)
+        if len(found) == 1:
+            block.copy_(found[0][0])
+        elif block.device == self.replay.device:
+            self.kernels.merge(*found[0], *found[1], into=block)
+        else:
+            block.copy_(self.kernels.merge(*found[0], *found[1])[0])
         self.replay.exchange.signal(place)
         if piece.tokens != self.replay.rank:
-            lane = "intra" if place.rank == piece.tokens else "inter"
+            lane = self.replay.lane(piece.tokens)
             nbytes = block.numel() * block.element_size()
-            if lane == "intra":
+            if place.rank == piece.tokens:  # written at home; what is staged is counted as it leaves
                 self.replay.transport.traffic.intra += nbytes
             self.spans.end("push o", lane, start, nbytes)
 
@@ -181,18 +210,27 @@ class Attention:
             assert part is not None
             parts.append(part)
         # A copy also where there is one slot: the block is given up two rounds later, the result is not.
-        out = torch.cat(parts, dim=2).transpose(0, 1).contiguous()
-        self.spans.end("wait o", "inter" if len(set(self.placement.nodes)) > 1 else "intra", start)
+        out = self.replay.here(torch.cat(parts, dim=2)).transpose(0, 1).contiguous()
+        self.spans.end("wait o", "inter" if len(set(self.replay.transport.nodes)) > 1 else "intra", start)
         return out
 
 
 class Gather:
     """Brings all ranks' tokens together on every rank, by the same means as attention."""
 
-    def __init__(self, batch: int, length: int, channels: int, transport: Transport, dtype: torch.dtype, spans: Spans):
+    def __init__(
+        self,
+        batch: int,
+        length: int,
+        channels: int,
+        transport: Transport,
+        kernels: Kernels,
+        dtype: torch.dtype,
+        spans: Spans,
+    ) -> None:
         schedule = Schedule.of("gather", gather_method, Mesh(("ring", transport.size)))
-        placement = Placement(schedule, Shape(batch, length, 1, channels), tuple(transport.nodes))
-        self.replay = Replay(placement, transport, dtype, spans)
+        placement = Placement(schedule, Shape(batch, length, 1, channels), tuple(transport.spaces))
+        self.replay = Replay(placement, transport, kernels, dtype, spans)
         self.close = self.replay.close
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
@@ -204,6 +242,7 @@ class Gather:
             replay.pull(step)
         pieces = [Piece("x", rank, 0) for rank in range(len(replay.placement.tokens))]
         parts = [replay.view([piece], replay.rank) for piece in pieces]
-        out = torch.cat([part for part in parts if part is not None])[:, :, 0].transpose(0, 1).contiguous()
+        out = torch.cat([part for part in parts if part is not None])[:, :, 0]
+        out = replay.here(out).transpose(0, 1).contiguous()
         replay.finish()
         return out

@@ -28,7 +28,7 @@ class SequenceParallel:
         self.tokens = cut(shape.length, transport.size)[transport.rank]
         self._attention = Attention(schedule, shape, transport, kernels, dtype, spans)
         self._gather: Gather | None = None
-        self._transport, self._spans = transport, spans
+        self._transport, self._kernels, self._spans = transport, kernels, spans
         self.tensors, self.publish = self._attention.tensors, self._attention.publish
         self.attend = self._attention.attend
 
@@ -36,8 +36,12 @@ class SequenceParallel:
         """All ranks' tokens of x [B, tokens, C], on every rank: [B, L, C]."""
         if self._gather is None:
             batch, _, channels = x.shape
-            self._gather = Gather(batch, self.shape.length, channels, self._transport, x.dtype, self._spans)
-        return self._gather(x)
+            self._gather = Gather(
+                batch, self.shape.length, channels, self._transport, self._kernels, x.dtype, self._spans
+            )
+        whole = self._gather(x)
+        self._transport.join()
+        return whole
 
     def close(self) -> None:
         self._attention.close()

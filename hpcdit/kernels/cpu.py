@@ -2,6 +2,8 @@
 
 import torch
 
+from .base import Blocks, Norm, Tables
+
 
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of all of q to all of k, v, with the log-sum-exp of its scores.
@@ -18,18 +20,52 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Ten
 
 
 def merge(
-    out: torch.Tensor, lse: torch.Tensor, new_out: torch.Tensor, new_lse: torch.Tensor
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    new_out: torch.Tensor,
+    new_lse: torch.Tensor,
+    into: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Merges two partial results over disjoint keys by their log-sum-exp, in float32 or better.
 
-    Shapes as `attend` returns them; the merged out has the promoted dtype of lse, so that repeated merges lose nothing.
+    Shapes as `attend` returns them; the merged out has the promoted dtype of lse, so that repeated merges lose nothing;
+    with `into`, [tokens, B, H, D], it is written there instead, and rounded to its dtype.
     """
     top = torch.maximum(lse, new_lse)
     both = torch.logaddexp(lse, new_lse)
     # Where neither has met a key both are -inf: the weights are then 0, not nan.
     steady = torch.where(torch.isinf(top), torch.zeros_like(top), both)
     first, second = torch.exp(lse - steady)[..., None], torch.exp(new_lse - steady)[..., None]
-    return out * first + new_out * second, both
+    merged = out * first + new_out * second
+    return merged if into is None else into.copy_(merged), both
+
+
+def embed(x: torch.Tensor, norm: Norm | None, tables: Tables | None, blocks: Blocks) -> None:
+    """Normalises and rotates x, each where asked for, and writes it into `blocks`.
+
+    x: [B, tokens, H, D], numbers of a token side by side.
+    """
+    if norm is not None:
+        weight, eps = norm
+        x = torch.nn.functional.rms_norm(x.flatten(2), weight.shape, weight, eps).view(x.shape)
+    if tables is not None:
+        x = rotate(x, *tables)
+    rows = x.transpose(0, 1)
+    for heads, block in blocks:
+        block.copy_(rows[:, :, heads.start : heads.stop])
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotary embedding by interleaved pairs. x: [B, tokens, H, D]; cos, sin: [tokens, 1, D/2].
+
+    The same bits as diffusers' WanAttnProcessor, whose own is not to be had alone; diffusers' public function for it is
+    three times slower on thousands of tokens.
+    """
+    even, odd = x[..., 0::2], x[..., 1::2]
+    out = torch.empty_like(x)
+    out[..., 0::2] = even * cos - odd * sin
+    out[..., 1::2] = even * sin + odd * cos
+    return out
 
 
 def to_uint8(frames: torch.Tensor) -> torch.Tensor:

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Protocol, Self
 
 if TYPE_CHECKING:
     import numpy as np
-    from torch import Tensor
+    from torch import Tensor, device
 
+    from ..kernels.base import Norm, Tables
     from .loading import ModelFolder, ModelShape
 
 
@@ -26,14 +27,17 @@ class Sequence(Protocol):
     def tensors(self) -> str:
         """q, k and v in the order in which they are best published."""
 
-    def publish(self, name: str, x: "Tensor") -> None:
-        """Gives this rank's "q", "k" or "v", [B, tokens, H, D]; each once a round."""
+    def publish(self, name: str, x: "Tensor", norm: "Norm | None" = None, tables: "Tables | None" = None) -> None:
+        """Gives this rank's "q", "k" or "v", [B, tokens, H, D]; each once a round.
+
+        norm, tables: an RMS norm and a rotary embedding that it gets on its way.
+        """
 
     def attend(self) -> "Tensor":
         """The attention of this rank's queries to all keys: [B, tokens, H, D]."""
 
     def gather(self, x: "Tensor") -> "Tensor":
-        """All ranks' tokens, [B, L, C], on every rank; `x`: this rank's, [B, tokens, C]."""
+        """All ranks' tokens, [B, L, C], on every rank; `x`: this rank's, [B, tokens, C]. The end of a pass."""
 
 
 class Halves(Protocol):
@@ -71,8 +75,19 @@ class Adapter(ABC):
 
     @classmethod
     @abstractmethod
-    def load(cls, folder: "ModelFolder", dtype: str = "float32") -> Self:
-        """Loads all parts of a checked folder; `dtype`: name of the torch type to compute in."""
+    def load(
+        cls,
+        folder: "ModelFolder",
+        dtype: str = "float32",
+        device: "device | None" = None,
+        compiled: bool = False,
+        graph: bool = False,
+    ) -> Self:
+        """Loads all parts of a checked folder.
+
+        dtype: name of the torch type to compute in; device: to compute on, the CPU where left out. On a GPU, compiled:
+        blocks by torch.compile; graph: passes replayed as CUDA graphs.
+        """
 
     @abstractmethod
     def encode(self, prompt: str, negative_prompt: str, guided: bool, max_sequence_length: int) -> Conditions:

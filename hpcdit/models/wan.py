@@ -20,20 +20,8 @@ from hpcdit.command_line import one_line
 from hpcdit.errors import InputError, VideoError
 
 from .base import Adapter, Conditions, Halves, Sequence
+from .graphs import Replayed
 from .loading import WEIGHTS, ModelFolder, check_loaded, shape
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding by interleaved pairs. x: [B, tokens, H, D]; cos, sin: [tokens, 1, D/2].
-
-    The same bits as WanAttnProcessor's, which is not to be had alone; diffusers' public function for it is
-    three times slower on thousands of tokens.
-    """
-    even, odd = x[..., 0::2], x[..., 1::2]
-    out = torch.empty_like(x)
-    out[..., 0::2] = even * cos - odd * sin
-    out[..., 1::2] = even * sin + odd * cos
-    return out
 
 
 class Split:
@@ -67,6 +55,7 @@ class Split:
     def _slice(self) -> slice:
         return slice(self.sequence.tokens.start, self.sequence.tokens.stop)
 
+    @torch.compiler.disable  # what it publishes, others wait for: nothing that a compiler may move
     def __call__(
         self,
         attn: Any,
@@ -76,15 +65,13 @@ class Split:
         rotary_emb: tuple[Tensor, Tensor],
     ) -> Tensor:
         """Self-attention of [B, tokens, C]: WanAttnProcessor's steps, each part published at once."""
-
-        def make(name: str) -> Tensor:
-            x = getattr(attn, f"to_{name}")(hidden_states)
-            if name == "v":
-                return x.unflatten(2, (attn.heads, -1))
-            return rotate(getattr(attn, f"norm_{name}")(x).unflatten(2, (attn.heads, -1)), *rotary_emb)
-
         for name in self.sequence.tensors:
-            self.sequence.publish(name, make(name))
+            x = getattr(attn, f"to_{name}")(hidden_states).unflatten(2, (attn.heads, -1))
+            if name == "v":
+                self.sequence.publish(name, x)
+            else:
+                norm = getattr(attn, f"norm_{name}")
+                self.sequence.publish(name, x, (norm.weight, norm.eps), rotary_emb)
         out = self.sequence.attend().flatten(2).type_as(hidden_states)
         for layer in attn.to_out:
             out = layer(out)
@@ -130,10 +117,18 @@ class Wan(Adapter):
         self.shape = shape(folder)
         self._pipe = pipe
         self._split = Split(pipe.transformer)
+        self._replayed = pipe.transformer.forward if isinstance(pipe.transformer.forward, Replayed) else None
         self._guidance = Guidance(pipe.transformer)
 
     @classmethod
-    def load(cls, folder: ModelFolder, dtype: str = "float32") -> Self:
+    def load(
+        cls,
+        folder: ModelFolder,
+        dtype: str = "float32",
+        device: torch.device | None = None,
+        compiled: bool = False,
+        graph: bool = False,
+    ) -> Self:
         for library in (diffusers, transformers):  # n ranks would print n progress bars
             library.utils.logging.set_verbosity_error()
             library.utils.logging.disable_progress_bar()
@@ -150,6 +145,12 @@ class Wan(Adapter):
             tensors = getattr(pipe, part).state_dict(keep_vars=True)
             check_loaded(folder, part, {name: tensor.data_ptr() for name, tensor in tensors.items()})
         pipe.set_progress_bar_config(disable=True)
+        if device is not None and device.type == "cuda":
+            pipe.to(device)
+            for block in pipe.transformer.blocks if compiled else ():
+                block.compile(dynamic=False)
+            if graph:
+                pipe.transformer.forward = Replayed(pipe.transformer.forward)
         return cls(pipe, folder)
 
     def guided(self, guidance_scale: float) -> bool:
@@ -190,6 +191,8 @@ class Wan(Adapter):
 
         frames, rows, columns = noise.shape[2:]
         self._split.sequence = sequence
+        if self._replayed is not None:
+            self._replayed.begin(sequence)
         self._guidance.begin(halves, conditions.negative if guided else None)
         try:
             return self._pipe(

@@ -12,9 +12,9 @@ from ..attention.check import check
 from ..attention.executor import Spans
 from ..attention.schedule import Shape
 from ..attention.session import SequenceParallel
+from ..device import Device
 from ..errors import Stopped
 from ..group import Group
-from ..kernels import cpu
 from ..models.base import Adapter, Conditions, Halves
 from ..output.trace import EVENT, Trace
 from ..planner.plans import Plan
@@ -37,6 +37,7 @@ class Engine:
     transport: Transport
     halves: Halves | None
     adapter: Adapter
+    device: Device
     dtype: torch.dtype
     plan: Callable[[Shape], Plan]
     finisher: Finisher
@@ -112,7 +113,7 @@ class Engine:
             assert self._plan is not None
             plan = {**self._plan.describe(), **self.transport.describe(), "batch": batch}
             # A copy: the rest of the batch need not stay in memory for it.
-            self.finisher.submit(Denoised(job, plan, latents.clone(), every, started))
+            self.finisher.submit(Denoised(job, plan, latents.to("cpu", copy=True), every, started))
 
     def _open(self, batch: int, length: int) -> SequenceParallel:
         """The attention session for so many sequences of `length` tokens: the last one's, if it fits."""
@@ -125,7 +126,7 @@ class Engine:
         schedule = self._plan.schedule()
         check(schedule, self.transport.nodes)
         spans = Spans(self.trace.recorder(level=2), self.trace.now)
-        self._session = SequenceParallel(schedule, shape, self.transport, cpu, self.dtype, spans)
+        self._session = SequenceParallel(schedule, shape, self.transport, self.device.kernels, self.dtype, spans)
         return self._session
 
     def _tell(self, what: str, **note: object) -> None:

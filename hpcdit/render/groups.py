@@ -54,7 +54,7 @@ class Halves:
         self._lane = "intra" if self._group.hosts[self._twin] == self._group.hosts[self._group.rank] else "inter"
 
     def swap(self, mine: torch.Tensor) -> torch.Tensor:
-        flat = mine.contiguous().view(-1).view(torch.uint8)
+        flat = mine.cpu().contiguous().view(-1).view(torch.uint8)
         with self._trace.span("exchange cfg", self._lane, flat.nbytes):
             theirs = self._group.swap(flat.numpy(), self._twin, "the other half of the guidance")
-        return torch.from_numpy(theirs).view(mine.dtype).view(mine.shape)
+        return torch.from_numpy(theirs).view(mine.dtype).view(mine.shape).to(mine.device)

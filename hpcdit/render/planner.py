@@ -8,6 +8,7 @@ import torch
 from ..attention.schedule import Shape
 from ..cluster import Cluster
 from ..config import Config
+from ..device import Device
 from ..planner.calibrate import calibrate
 from ..planner.costs import Costs
 from ..planner.groups import groupings
@@ -15,7 +16,7 @@ from ..planner.plans import Plan
 from ..planner.presets import overridden
 from ..planner.search import plan_batch, plan_group
 from ..planner.workload import Workload
-from ..transport.mpi import MpiTransport
+from ..transport.base import Transport
 from .batch import Batch
 from .plan import fixed, workload
 
@@ -35,11 +36,13 @@ class Planner:
         self._plans: dict[tuple[Shape, tuple[int, ...]], Plan] = {}
 
     @classmethod
-    def measured(cls, config: Config, cluster: Cluster, batch: Batch) -> "Planner":
-        """Collective over the cluster. Raises InputError on all ranks."""
-        transport = cluster.world.together(lambda: MpiTransport(cluster, config.transport.inter), "the links")
+    def measured(
+        cls, config: Config, cluster: Cluster, transport: Transport, device: Device, batch: Batch
+    ) -> "Planner":  # fmt: skip
+        """transport: between all ranks. Collective over the cluster. Raises InputError on all ranks."""
         dtype = getattr(torch, config.model.dtype)
-        costs = overridden(calibrate(transport, dtype, batch.shape.head_dim), config.cluster.costs)
+        measured = calibrate(cluster, transport, device, dtype, batch.shape.head_dim)
+        costs = overridden(measured, config.cluster.costs)
         work = workload(batch.shape, [job.sampling for job in batch.todo], config.model.dtype, config.parallel.batch)
         return cluster.world.together(lambda: cls(work, cluster.nodes, costs, config), "the plan")
 

@@ -14,6 +14,7 @@ import torch
 
 from ..cluster import Cluster, World
 from ..config import Config
+from ..device import bind
 from ..errors import BrokenRun, Stopped
 from ..mesh import Mesh
 from ..models import adapter_of
@@ -24,7 +25,7 @@ from ..output.trace import EVENT, Trace
 from ..planner.presets import to_keys
 from ..planner.reasons import seconds
 from ..stop import StopRequest
-from ..transport.mpi import MpiTransport
+from ..transport import connect
 from .batch import Batch, output_folder
 from .engine import Engine
 from .groups import Groups
@@ -80,19 +81,20 @@ def _render(
     # The traces' clock is rank 0's, from here on.
     zero = world.broadcast(Trace.now(), "the clocks")
     trace = Trace(world.rank, config.trace.level, world.clock_offset() - zero)
+    device, kind, inter = bind(config.model.device, world), config.transport.kind, config.transport.inter
     with trace.span("plan", "inter"):
-        planner = Planner.measured(config, cluster, batch)
+        planner = Planner.measured(config, cluster, connect(cluster, device, kind, inter), device, batch)
     plan = planner.batch
     groups = Groups.cut(world, cluster, plan.replicas, plan.cfg)
     with trace.span("connect", "inter"):
-        transport = world.together(lambda: MpiTransport(groups.sequence, config.transport.inter), "the links")
+        transport = connect(groups.sequence, device, kind, inter)
     with trace.span("load", "io"):
-        load = adapter_of(batch.folder.family).load
-        adapter = world.together(lambda: load(batch.folder, config.model.dtype), "the model")
+        load, m = adapter_of(batch.folder.family).load, config.model
+        adapter = world.together(lambda: load(batch.folder, m.dtype, device.torch, m.compile, m.graph), "the model")
     gc.freeze()  # what is there by now stays to the end
     gc.enable()
     if report:
-        report.log.info("transport: %s", transport.describe())
+        report.log.info("device: %s; transport: %s", device.name, transport.describe())
         report.log.info("costs: %s", ", ".join(f"{key} {value:.3g}" for key, value in to_keys(planner.costs).items()))
         report.log.info("plan: %s, about %s without reading and writing", plan, seconds(plan.makespan_s))
         for other in plan.others:
@@ -100,6 +102,7 @@ def _render(
         _warn_unguided(batch, plan.cfg, adapter, report)
     finisher = Finisher(
         adapter,
+        device,
         folder / "videos",
         Provenance.of(config, cluster, batch, groups),
         Trace(world.rank, config.trace.level, trace.offset),
@@ -116,7 +119,7 @@ def _render(
     todo = batches(batch.todo, config.parallel.batch or 1)
     queue = Queue(world, plan.replicas, todo, stop, report.hear if report else None)
     engine = Engine(
-        groups.number, groups.replica, transport, groups.halves(trace), adapter, dtype,
+        groups.number, groups.replica, transport, groups.halves(trace), adapter, device, dtype,
         lambda shape: planner(shape, transport.nodes), finisher, trace, queue,
     )  # fmt: skip
     try:

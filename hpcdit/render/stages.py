@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..device import Device
 from ..errors import BrokenRun, VideoError
 from ..models.base import Adapter
 from ..output import media
@@ -57,6 +58,7 @@ class Finisher:
     def __init__(
         self,
         adapter: Adapter,
+        device: Device,
         folder: Path,
         record: Callable[[Job, dict[str, Any]], VideoRecord],
         trace: Trace,
@@ -64,7 +66,8 @@ class Finisher:
         video: str,
         threads: int,
     ) -> None:
-        self._adapter, self._folder, self._record, self._trace = adapter, folder, record, trace
+        self._adapter, self._device = adapter, device
+        self._folder, self._record, self._trace = folder, record, trace
         self._compression, self._video = compression, video
         # A new thread would take all cores otherwise: OpenMP's thread count is a thread's own setting.
         self._pool = ThreadPoolExecutor(1, "hpcdit-finisher", torch.set_num_threads, (threads,))
@@ -89,7 +92,7 @@ class Finisher:
                 raise FileExistsError
             if not torch.isfinite(video.latents).all():
                 raise VideoError("the latents hold values that are not numbers")
-            with self._trace.span("decode", "compute"):
+            with self._trace.span("decode", "compute"), self._device.stream():
                 frames = self._adapter.decode(video.latents)
             check_picture(frames)
             self._write(video, frames)

@@ -121,9 +121,25 @@ class Transport(ABC):
     def size(self) -> int:
         return len(self.nodes)
 
+    @property
+    def spaces(self) -> Sequence[int]:
+        """For each rank a number that those share who read each other's memory in place."""
+        return self.nodes
+
     @abstractmethod
     def exchange(self, pattern: Pattern) -> Exchange:
         """Sets up `pattern`; collective over the group."""
+
+    def join(self) -> None:
+        """The device's current stream waits for all that is under way: the end of a pass that may be captured."""
+        return  # where there are no streams
+
+    @abstractmethod
+    def measure(self, nbytes: int, others: int = 1, rounds: int = 5) -> float:
+        """Seconds of the quickest round in which each rank sends a block to each of the next `others` nodes.
+
+        As the slowest rank sees it, until all that is sent to it is there. Collective.
+        """
 
     @abstractmethod
     def describe(self) -> dict[str, str]:

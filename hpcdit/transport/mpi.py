@@ -193,9 +193,9 @@ class MpiTransport(Transport):
         The first of `wires` unless another is clearly quicker: `rma` needs more messages, and many go on at once in a
         layer.
         """
-        self._seconds = {wire: self.measure(wire, LARGE) for wire in wires}
+        self._seconds = {wire: self._measure(wire, LARGE) for wire in wires}
         self.inter = min(wires, key=lambda wire: self._seconds[wire] * (1.0 if wire == wires[0] else CLEARLY))
-        latency = self.measure(self.inter, SMALL)
+        latency = self._measure(self.inter, SMALL)
         self.window = int(2 * latency / self._seconds[self.inter] * LARGE)
 
     def exchange(self, pattern: Pattern) -> MpiExchange:
@@ -205,11 +205,10 @@ class MpiTransport(Transport):
         measured = ", ".join(f"{wire} {seconds * 1e3:.2f} ms" for wire, seconds in self._seconds.items())
         return {"kind": "mpi", "inter": self.inter, "measured": measured, "window": f"{self.window} bytes"}
 
-    def measure(self, wire: str, nbytes: int, others: int = 1, rounds: int = 5) -> float:
-        """Seconds of the quickest round in which each rank sends a block to each of the next `others` nodes.
+    def measure(self, nbytes: int, others: int = 1, rounds: int = 5) -> float:
+        return self._measure(self.inter, nbytes, others, rounds)
 
-        As the slowest rank sees it, until all that is sent to it is there. Collective.
-        """
+    def _measure(self, wire: str, nbytes: int, others: int = 1, rounds: int = 5) -> float:
         world, pattern = self.cluster.world, probe(self.nodes, nbytes, others)
         exchange = MpiExchange(self, pattern, wire)
         best = float("inf")

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from hpcdit.cluster import MPI, Cluster, World
+from hpcdit.device import cpu
 from hpcdit.planner import calibrate
 from hpcdit.transport.mpi import MpiTransport
 
@@ -19,7 +20,9 @@ def costs(comm: MPI.Comm) -> Any:
     for per_node in (1, 2, comm.size):
         cluster = Cluster(world, per_node)
         transport = MpiTransport(cluster)
-        every = [comm.allgather(asdict(calibrate.calibrate(transport, torch.float32, 24))) for _ in range(2)]
+        every = [
+            comm.allgather(asdict(calibrate.calibrate(cluster, transport, cpu(), torch.float32, 24))) for _ in range(2)
+        ]
         found.append([*every, asdict(transport.traffic)])
         cluster.close()
     world.close()

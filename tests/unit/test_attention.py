@@ -19,7 +19,7 @@ CASES = Counter[str]()
 
 
 @st.composite
-def problems(draw: st.DrawFn) -> tuple[Case, tuple[int, ...]]:
+def problems(draw: st.DrawFn) -> tuple[Case, tuple[int, ...], bool]:
     """A method, a mesh of up to 8 ranks, nodes of the same or of uneven size, and a shape that fits nothing."""
     method = draw(st.sampled_from(sorted(METHODS)))
     ranks = draw(st.integers(1, 8))
@@ -35,15 +35,19 @@ def problems(draw: st.DrawFn) -> tuple[Case, tuple[int, ...]]:
     nodes = tuple(rank // per_node for rank in range(ranks))
     pieces, groups = draw(st.integers(0, 3)), draw(st.integers(1, 4))
     seed = draw(st.integers(0, 99))
-    return Case(method, ulysses, ranks // ulysses, shape, seed=seed, pieces=pieces, groups=groups), nodes
+    return (
+        Case(method, ulysses, ranks // ulysses, shape, seed=seed, pieces=pieces, groups=groups),
+        nodes,
+        draw(st.booleans()),
+    )
 
 
 @settings(max_examples=300, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 @given(problems())
-def test_every_method_equals_torch_attention_in_float64(problem: tuple[Case, tuple[int, ...]]) -> None:
-    case, nodes = problem
+def test_every_method_equals_torch_attention_in_float64(problem: tuple[Case, tuple[int, ...], bool]) -> None:
+    case, nodes, apart = problem
     CASES[case.method] += 1
-    for attention_error, gather_error in on_ranks(nodes, case.run):
+    for attention_error, gather_error in on_ranks(nodes, case.run, apart):
         assert attention_error < 1e-12
         assert gather_error < 1e-12
 
@@ -57,8 +61,10 @@ def test_the_drawn_cases_cover_every_method() -> None:
 class Hurried:
     """Kernels by which rank 0 has published layer 1 before rank 1 reads rank 0's k and v of layer 0."""
 
+    merge, embed, to_uint8 = staticmethod(cpu.merge), staticmethod(cpu.embed), staticmethod(cpu.to_uint8)
+
     def __init__(self, rank: int, published: Event) -> None:
-        self.rank, self.calls, self.published, self.merge = rank, 0, published, cpu.merge
+        self.rank, self.calls, self.published = rank, 0, published
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         self.calls += 1  # two a layer: own k and v, then the neighbour's, which are read in its memory

@@ -15,6 +15,8 @@ from diffusers import WanPipeline
 
 import hpcdit.models
 from hpcdit.errors import VideoError
+from hpcdit.kernels import cpu
+from hpcdit.kernels.base import Norm, Tables
 from hpcdit.models.loading import inspect
 from hpcdit.models.wan import Wan
 from tests.checkpoints import make_wan
@@ -73,9 +75,11 @@ class Member:
         self.tensors = "vkq"
         self.order: list[str] = []
 
-    def publish(self, name: str, x: torch.Tensor) -> None:
+    def publish(self, name: str, x: torch.Tensor, norm: Norm | None = None, tables: Tables | None = None) -> None:
         assert name not in self.published and x.shape[1] == len(self.tokens)
-        self.published[name] = x
+        block = torch.empty_like(x.transpose(0, 1), memory_format=torch.contiguous_format)
+        cpu.embed(x, norm, tables, [(range(x.shape[2]), block)])
+        self.published[name] = block.transpose(0, 1)
         self.order.append(name)
 
     def attend(self) -> torch.Tensor:

@@ -45,11 +45,18 @@ class PacedKernels:
         self._returned = time.perf_counter()
         return out, lse
 
+    embed, to_uint8 = staticmethod(cpu.embed), staticmethod(cpu.to_uint8)
+
     def merge(
-        self, out_a: torch.Tensor, lse_a: torch.Tensor, out_b: torch.Tensor, lse_b: torch.Tensor
+        self,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+        new_out: torch.Tensor,
+        new_lse: torch.Tensor,
+        into: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """As `cpu.merge`."""
-        merged = cpu.merge(out_a, lse_a, out_b, lse_b)
+        merged = cpu.merge(out, lse, new_out, new_lse, into)
         self._returned = time.perf_counter()
         return merged
 

@@ -1,0 +1,92 @@
+"""The device of a rank: which one it is, and the kernels that run on it."""
+
+import importlib
+import importlib.util
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from .errors import InputError
+from .kernels.base import Kernels
+
+if TYPE_CHECKING:
+    from .cluster import World
+
+KINDS = ("auto", "cpu", "cuda")
+
+
+@dataclass(frozen=True)
+class Device:
+    """Where a rank's tensors are, and what computes with them. name: for people."""
+
+    torch: torch.device
+    kernels: Kernels
+    name: str
+
+    @property
+    def cuda(self) -> bool:
+        return self.torch.type == "cuda"
+
+    def synchronize(self) -> None:
+        """Returns when everything is done that this process has asked of the device."""
+        if self.cuda:
+            torch.cuda.synchronize(self.torch)
+
+    @contextmanager
+    def stream(self) -> Iterator[None]:
+        """Work of the body runs beside what others do on the device; it is done when the body ends."""
+        if not self.cuda:
+            yield
+            return
+        side = torch.cuda.Stream(self.torch)
+        with torch.cuda.stream(side):
+            yield
+        side.synchronize()
+
+    def memory_bytes(self) -> float | None:
+        """Of the device, if it has memory of its own."""
+        return float(torch.cuda.get_device_properties(self.torch).total_memory) if self.cuda else None
+
+
+def bind(kind: str, world: "World") -> Device:
+    """This rank's device; all ranks have one of the same kind. Collective.
+
+    kind: one of KINDS; auto: a GPU where every rank has one to itself. Raises InputError on all ranks.
+    """
+    if kind == "cpu":
+        return cpu()
+    count, what = torch.cuda.device_count(), "the devices"
+    # With one visible device a rank has its own by its launcher: srun --gpus-per-task=1, or CUDA_VISIBLE_DEVICES.
+    mine = [count, str(torch.cuda.get_device_properties(0).uuid) if count else ""]
+    found = world.broadcast([json.loads(text) for text in world.gather(json.dumps(mine).encode(), 0, what)], what)
+    if not all(_enough(rank, found, world.hosts) for rank in range(world.size)):
+        if kind == "auto":
+            return cpu()
+        raise InputError(
+            f"model.device=cuda: every rank needs a GPU of its own, and the ranks see {[n for n, _ in found]} of them;"
+            " allowed: fewer ranks a node, or model.device=cpu"
+        )
+    if world.largest(importlib.util.find_spec("cupy") is None, what):
+        raise InputError(
+            "model.device: there are GPUs, and CuPy, which they need, is not installed; allowed:"
+            " `pip install 'hpcdit[cuda13]'` (or cuda12), or model.device=cpu"
+        )
+    device = torch.device("cuda", world.host_comm.rank if count >= world.host_comm.size else 0)
+    torch.cuda.set_device(device)
+    return Device(device, importlib.import_module(".kernels.cuda", __package__), torch.cuda.get_device_name(device))
+
+
+def cpu() -> Device:
+    kernels = importlib.import_module(".kernels.cpu", __package__)
+    return Device(torch.device("cpu"), kernels, "CPU")
+
+
+def _enough(rank: int, found: Sequence[tuple[int, str]], hosts: Sequence[int]) -> bool:
+    """Whether `rank` has a device to itself. found: of each rank how many it sees, and which is the first."""
+    here = [other for other in range(len(hosts)) if hosts[other] == hosts[rank]]
+    count, first = found[rank]
+    return count >= len(here) or (count == 1 and [found[other][1] for other in here].count(first) == 1)
