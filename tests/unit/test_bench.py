@@ -73,6 +73,9 @@ def test_gains_are_over_the_best_other_and_over_usp_in_whole_blocks() -> None:
     assert found is not None
     assert (found.ours.method, found.best_other.method) == ("auto", "tas 4 x 2")
     assert found.over_best == pytest.approx(1.5) and found.over_usp == pytest.approx(2.0)
+    assert found.over_peers == found.over_best
+    own = gain([*cells(), Cell(2.0, "tas 4 x 2, 3 groups", 1.0, 1.0, [1.5], 1.4)], "usp 2 x 4")
+    assert own is not None and own.over_best == pytest.approx(1.25) and own.over_peers == pytest.approx(1.5)
     assert gain(cells()[:3], "usp 2 x 4") is None  # nothing of ours
     text = summary([found], [cells()])
     assert "USP whole / ours, 0.6 <= x <= 2.5: mean 2.00, best 2.00" in text
