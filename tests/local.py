@@ -92,7 +92,7 @@ class LocalTransport(Transport):
     def spaces(self) -> Sequence[int]:
         return range(self.size) if self.apart else self.nodes
 
-    def measure(self, nbytes: int, others: int = 1, rounds: int = 5) -> float:
+    def measure(self, nbytes: int, others: int = 1, rounds: int = 5, turns: int = 1) -> float:
         raise NotImplementedError("threads have no links")
 
     def exchange(self, pattern: Pattern) -> LocalExchange:

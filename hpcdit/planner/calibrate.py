@@ -28,6 +28,7 @@ from .measured import kept_at, read, write
 from .speeds import SECONDS, WHAT, Timer, attending, speeds
 
 SMALL, LARGE = 1 << 12, 1 << 22  # bytes of blocks that are sent
+TURNS = 6  # in the first they keep in step
 OTHERS = 7  # nodes that a node talks to by turns, at most
 MOVED = 1 << 26  # bytes that are sent while a rank computes, at most
 COPIED = 1 << 24  # bytes that are copied: more than caches hold
@@ -79,8 +80,8 @@ def links(transport: Transport) -> tuple[Link, float]:
     """Between nodes, all ranks of all nodes sending at once, each to a rank of the next node; and Costs.spread."""
     ranks = max(transport.nodes.count(node) for node in set(transport.nodes))
 
-    def seconds(nbytes: int, others: int = 1) -> float:
-        return transport.measure(nbytes, others, rounds=3)
+    def seconds(nbytes: int, others: int = 1, turns: int = 1) -> float:
+        return transport.measure(nbytes, others, 3, turns)
 
     small, middle = seconds(SMALL), seconds(1 << 16)
     # As large a block as a slow network moves in the time there is.
@@ -89,8 +90,11 @@ def links(transport: Transport) -> tuple[Link, float]:
     whole = seconds(large)
     # What passes at once after a pause, and then no more, is not in the difference.
     speed = large * 3 / 4 / max(whole - seconds(large // 4), 1e-9)
-    others = min(transport.nodes[-1], OTHERS)
-    by_turns = others * large / seconds(large, others) if others > 1 else speed
+    others, by_turns = min(transport.nodes[-1], OTHERS), speed
+    if others > 1:
+        # What is lost varies: the median, not the quickest.
+        times = [transport.measure(large // 4, others, 1, TURNS) for _ in range(4)]
+        by_turns = others * TURNS * (large // 4) / statistics.median(times[1:])
     return Link(max(small - SMALL / speed, 1e-7), ranks * speed), min(by_turns / speed, 1.0)
 
 

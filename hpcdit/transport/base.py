@@ -53,16 +53,18 @@ class Pattern:
         return self.spans[place.rank][place.block][1] * self.dtype.itemsize
 
 
-def probe(nodes: Sequence[int], nbytes: int, others: int = 1) -> Pattern:
+def probe(nodes: Sequence[int], nbytes: int, others: int = 1, turns: int = 1) -> Pattern:
     """A block of `nbytes` of each rank, copied to a rank of each of the next `others` nodes: to measure links with.
+
+    turns: so many times, by turns.
 
     nodes: of each rank, in order. Block 0 of a rank is its own, the others are what comes in.
     """
     first = {node: rank for rank, node in reversed(list(enumerate(nodes)))}
     count, blocks, transfers = Counter(nodes), [1] * len(nodes), list[Transfer]()
-    for i in range(others):
+    for i in range(others * turns):
         for rank, node in enumerate(nodes):
-            there = (node + 1 + i) % len(first)
+            there = (node + 1 + i % others) % len(first)
             target = first[there] + (rank - first[node]) % count[there]
             transfers.append(Transfer(Place(rank, 0), Place(target, blocks[target])))
             blocks[target] += 1
@@ -135,8 +137,8 @@ class Transport(ABC):
         return  # where there are no streams
 
     @abstractmethod
-    def measure(self, nbytes: int, others: int = 1, rounds: int = 5) -> float:
-        """Seconds of the quickest round in which each rank sends a block to each of the next `others` nodes.
+    def measure(self, nbytes: int, others: int = 1, rounds: int = 5, turns: int = 1) -> float:
+        """Seconds of the quickest round in which each rank sends a block to each of the next `others` nodes, by turns.
 
         As the slowest rank sees it, until all that is sent to it is there. Collective.
         """

@@ -39,7 +39,7 @@ class LocalTransport(Transport):
     def exchange(self, pattern: Pattern) -> LocalExchange:
         return LocalExchange(pattern, self.device)
 
-    def measure(self, nbytes: int, others: int = 1, rounds: int = 5) -> float:
+    def measure(self, nbytes: int, others: int = 1, rounds: int = 5, turns: int = 1) -> float:
         return 0.0
 
     def describe(self) -> dict[str, str]:

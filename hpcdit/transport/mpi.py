@@ -205,11 +205,11 @@ class MpiTransport(Transport):
         measured = ", ".join(f"{wire} {seconds * 1e3:.2f} ms" for wire, seconds in self._seconds.items())
         return {"kind": "mpi", "inter": self.inter, "measured": measured, "window": f"{self.window} bytes"}
 
-    def measure(self, nbytes: int, others: int = 1, rounds: int = 5) -> float:
-        return self._measure(self.inter, nbytes, others, rounds)
+    def measure(self, nbytes: int, others: int = 1, rounds: int = 5, turns: int = 1) -> float:
+        return self._measure(self.inter, nbytes, others, rounds, turns)
 
-    def _measure(self, wire: str, nbytes: int, others: int = 1, rounds: int = 5) -> float:
-        world, pattern = self.cluster.world, probe(self.nodes, nbytes, others)
+    def _measure(self, wire: str, nbytes: int, others: int = 1, rounds: int = 5, turns: int = 1) -> float:
+        world, pattern = self.cluster.world, probe(self.nodes, nbytes, others, turns)
         exchange = MpiExchange(self, pattern, wire)
         best = float("inf")
         for _ in range(rounds):
