@@ -3,6 +3,7 @@
 import importlib
 import importlib.util
 import json
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -36,6 +37,11 @@ class Device:
         if self.cuda:
             torch.cuda.synchronize(self.torch)
 
+    def synchronize_stream(self) -> None:
+        """Returns when the current stream's work is done, whatever others have."""
+        if self.cuda:
+            torch.cuda.current_stream(self.torch).synchronize()
+
     @contextmanager
     def stream(self) -> Iterator[None]:
         """Work of the body runs beside what others do on the device; it is done when the body ends."""
@@ -59,6 +65,8 @@ def bind(kind: str, world: "World") -> Device:
     """
     if kind == "cpu":
         return cpu()
+    # Streams that share one of CUDA's queues wait for each other's waits; read once, when CUDA starts.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
     count, what = torch.cuda.device_count(), "the devices"
     # With one visible device a rank has its own by its launcher: srun --gpus-per-task=1, or CUDA_VISIBLE_DEVICES.
     mine = [count, str(torch.cuda.get_device_properties(0).uuid) if count else ""]

@@ -59,6 +59,11 @@ class Workload:
         """What a rank of each guidance half sends to its twin in the other, once a step; in float32."""
         return self.batch * self.latents * 4
 
+    def symmetric_bytes(self) -> int:
+        """Symmetric memory of a rank, whatever the layout: in a ring a rank has all keys and values in the end."""
+        whole = self.batch * self.tokens * self.width
+        return SETS * (4 * whole * self.itemsize + self.gather_bytes())
+
     def memory_bytes(self, ulysses: int, ring: int, stored: bool) -> int:
         """What the busiest rank holds while it denoises: weights, activations, and symmetric memory.
 

@@ -81,6 +81,7 @@ class Engine:
 
         def on_step(step: int) -> None:
             nonlocal step_start
+            self.transport.await_stream(f"step {step + 1}")
             self.trace.record("step", "compute", step_start, self.trace.now())
             self._tell("step", ids=[job.id for job in jobs], step=step)
             if step + 1 < s.steps:  # after the last one there is only the writing left

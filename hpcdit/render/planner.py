@@ -17,8 +17,7 @@ from ..planner.presets import overridden
 from ..planner.search import plan_batch, plan_group
 from ..planner.workload import Workload
 from ..transport.base import Transport
-from .batch import Batch
-from .plan import fixed, workload
+from .plan import fixed
 
 
 class Planner:
@@ -37,13 +36,11 @@ class Planner:
 
     @classmethod
     def measured(
-        cls, config: Config, cluster: Cluster, transport: Transport, device: Device, batch: Batch
+        cls, config: Config, cluster: Cluster, transport: Transport, device: Device, work: Workload, head_dim: int
     ) -> "Planner":  # fmt: skip
         """transport: between all ranks. Collective over the cluster. Raises InputError on all ranks."""
-        dtype = getattr(torch, config.model.dtype)
-        measured = calibrate(cluster, transport, device, dtype, batch.shape.head_dim)
+        measured = calibrate(cluster, transport, device, getattr(torch, config.model.dtype), head_dim)
         costs = overridden(measured, config.cluster.costs)
-        work = workload(batch.shape, [job.sampling for job in batch.todo], config.model.dtype, config.parallel.batch)
         return cluster.world.together(lambda: cls(work, cluster.nodes, costs, config), "the plan")
 
     def __call__(self, shape: Shape, nodes: Sequence[int]) -> Plan:

@@ -25,17 +25,19 @@ from ..output.trace import EVENT, Trace
 from ..planner.presets import to_keys
 from ..planner.reasons import seconds
 from ..stop import StopRequest
-from ..transport import connect
+from ..transport import Network
 from .batch import Batch, output_folder
 from .engine import Engine
 from .groups import Groups
 from .manifest import Job
+from .plan import workload
 from .planner import Planner
 from .progress import Report, clock, open_log
 from .queue import Queue, batches
 from .stages import Finisher
 
 OK, FAILED = 0, 3
+HEAP_BYTES = 4 << 30  # of symmetric memory, at least: links are measured with blocks of this order
 
 
 def render(config: Config, world: World, cluster: Cluster, batch: Batch, stop: StopRequest) -> int:
@@ -81,16 +83,20 @@ def _render(
     # The traces' clock is rank 0's, from here on.
     zero = world.broadcast(Trace.now(), "the clocks")
     trace = Trace(world.rank, config.trace.level, world.clock_offset() - zero)
-    device, kind, inter = bind(config.model.device, world), config.transport.kind, config.transport.inter
+    device = bind(config.model.device, world)
+    work = workload(batch.shape, [job.sampling for job in batch.todo], config.model.dtype, config.parallel.batch)
     with trace.span("plan", "inter"):
-        planner = Planner.measured(config, cluster, connect(cluster, device, kind, inter), device, batch)
+        t, say = config.transport, report.log.warning if report else lambda text: None
+        network = Network(world, device, t.kind, t.inter, max(work.symmetric_bytes(), HEAP_BYTES), say)
+        planner = Planner.measured(config, cluster, network.transport(cluster), device, work, batch.shape.head_dim)
     plan = planner.batch
     groups = Groups.cut(world, cluster, plan.replicas, plan.cfg)
     with trace.span("connect", "inter"):
-        transport = connect(groups.sequence, device, kind, inter)
+        transport = network.transport(groups.sequence)
     with trace.span("load", "io"):
         load, m = adapter_of(batch.folder.family).load, config.model
-        adapter = world.together(lambda: load(batch.folder, m.dtype, device.torch, m.compile, m.graph), "the model")
+        graph = m.graph and transport.streams
+        adapter = world.together(lambda: load(batch.folder, m.dtype, device.torch, m.compile, graph), "the model")
     gc.freeze()  # what is there by now stays to the end
     gc.enable()
     if report:
@@ -122,12 +128,15 @@ def _render(
         groups.number, groups.replica, transport, groups.halves(trace), adapter, device, dtype,
         lambda shape: planner(shape, transport.nodes), finisher, trace, queue,
     )  # fmt: skip
+    cut = False
     try:
         engine.render(batch.todo)
-    except Stopped:
-        groups.close()
-        raise
+    except Stopped:  # by all ranks together
+        cut = True
     groups.close()
+    network.close()
+    if cut:
+        raise Stopped
 
 
 def _warn_unguided(batch: Batch, cfg: int, adapter: Adapter, report: Report) -> None:

@@ -1,5 +1,6 @@
-"""One-sided communication between ranks."""
+"""One-sided communication between ranks: by NVSHMEM between GPUs, by MPI between hosts."""
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from ..device import Device
@@ -8,20 +9,51 @@ from .base import Transport
 from .local import LocalTransport
 
 if TYPE_CHECKING:
-    from ..cluster import Cluster
+    from ..cluster import Cluster, World
 
 KINDS = ("auto", "mpi", "nvshmem")
 
 
-def connect(cluster: "Cluster", device: Device, kind: str, inter: str) -> Transport:
-    """The transport between the ranks of `cluster`, from memory of `device` where it can. Collective.
+class Network:
+    """How the ranks of a run reach each other; closed when all transports are."""
 
-    kind: one of KINDS; auto: NVSHMEM between GPUs, else MPI. inter: see MpiTransport. Raises InputError on all ranks.
-    """
-    from .mpi import MpiTransport  # starts MPI
+    def __init__(
+        self, world: "World", device: Device, kind: str, inter: str, heap_bytes: int, say: Callable[[str], None]
+    ) -> None:  # fmt: skip
+        """Starts NVSHMEM where it is wanted. Collective over the world.
 
-    if kind == "nvshmem" and not device.cuda:
-        raise InputError("transport.kind=nvshmem: there is no GPU for each rank; allowed: auto or mpi")
-    if cluster.world.size == 1:
-        return LocalTransport(device.torch)
-    return cluster.world.together(lambda: MpiTransport(cluster, inter), "the links")
+        kind: one of KINDS; auto: NVSHMEM between GPUs, or MPI where that does not start, which `say` then tells.
+        inter: see MpiTransport; heap_bytes: of symmetric memory. Raises InputError on all ranks.
+        """
+        self.device, self.inter, self._nvshmem = device, inter, False
+        if kind == "nvshmem" and not device.cuda:
+            raise InputError("transport.kind=nvshmem: there is no GPU for each rank; allowed: auto or mpi")
+        if world.size > 1 and device.cuda and kind != "mpi":
+            from .heap import start
+
+            try:
+                start(world, device.torch, heap_bytes)
+                self._nvshmem = True
+            except InputError as error:
+                if kind == "nvshmem":
+                    raise
+                say(f"{error}; transfers go by MPI, through the hosts' memory")
+
+    def transport(self, cluster: "Cluster") -> Transport:
+        """Between the ranks of `cluster`, and from memory of their devices where it can. Collective over it."""
+        if cluster.world.size == 1:
+            return LocalTransport(self.device.torch)
+        if self._nvshmem:
+            from .nvshmem import NvshmemTransport
+
+            return NvshmemTransport(cluster)
+        from .mpi import MpiTransport  # starts MPI
+
+        return cluster.world.together(lambda: MpiTransport(cluster, self.inter), "the links")
+
+    def close(self) -> None:
+        """Collective over the world."""
+        if self._nvshmem:
+            from .heap import finish
+
+            finish()

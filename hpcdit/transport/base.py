@@ -132,6 +132,15 @@ class Transport(ABC):
     def exchange(self, pattern: Pattern) -> Exchange:
         """Sets up `pattern`; collective over the group."""
 
+    @property
+    def streams(self) -> bool:
+        """Whether rounds are carried out on the device's streams, so that they may be captured in a graph."""
+        return False
+
+    def await_stream(self, what: str) -> None:
+        """Returns when the device has done what its current stream was given; `what` is for the message of PeerLost."""
+        return  # where there are no streams
+
     def join(self) -> None:
         """The device's current stream waits for all that is under way: the end of a pass that may be captured."""
         return  # where there are no streams

@@ -39,6 +39,14 @@ class LocalTransport(Transport):
     def exchange(self, pattern: Pattern) -> LocalExchange:
         return LocalExchange(pattern, self.device)
 
+    @property
+    def streams(self) -> bool:
+        return self.device.type == "cuda"
+
+    def await_stream(self, what: str) -> None:
+        if self.streams:
+            torch.cuda.current_stream(self.device).synchronize()
+
     def measure(self, nbytes: int, others: int = 1, rounds: int = 5, turns: int = 1) -> float:
         return 0.0
 

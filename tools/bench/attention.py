@@ -22,6 +22,7 @@ from tables import Cell, Gain, gain, summary, table, write
 from hpcdit.attention.methods import METHODS, Layout, degrees, inter_elements
 from hpcdit.attention.schedule import Shape, traffic
 from hpcdit.cluster import MPI, Cluster, World
+from hpcdit.device import cpu as cpu_device
 from hpcdit.errors import InputError
 from hpcdit.group import Group
 from hpcdit.kernels import cpu
@@ -118,7 +119,7 @@ class Report:
         self.machine = measure(self.transport)
         if self.real:  # a kernel that sleeps loses nothing to others
             q = torch.randn(256, 1, args.heads, args.dim)
-            found = overlap(self.world, self.transport, self.machine.inter, lambda: cpu.attend(q, q, q))
+            found = overlap(self.world, self.transport, cpu_device(), self.machine.inter, lambda: cpu.attend(q, q, q))
             self.machine = replace(self.machine, overlap=found)
         if args.rate_bytes:
             self.machine = replace(self.machine, inter=replace(self.machine.inter, bytes_per_s=args.rate_bytes))

@@ -1,0 +1,162 @@
+"""NVSHMEM in this process: its start and end, and its symmetric memory, which exchanges share out among themselves."""
+
+import importlib
+import math
+import os
+import threading
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+
+from ..cluster import World
+from ..errors import InputError
+
+T = TypeVar("T")
+
+ALIGN = 256  # bytes, of buffer sets: what copy engines and vector loads like best
+HEAP_BYTES = 4 << 30
+SLACK = 1 << 28  # bytes of symmetric memory for NVSHMEM itself: teams and their scratch memory
+INIT_S = 120  # for NVSHMEM to start on all ranks
+QUEUES = 8  # CUDA's default. Streams that share a hardware queue wait for each other's waits
+WHAT = "NVSHMEM's start"
+
+
+class Heap:
+    """This process's symmetric memory, its streams, and NVSHMEM itself; one a process, see `start`."""
+
+    def __init__(self, world: World, device: torch.device, nbytes: int, core: Any, bindings: Any) -> None:
+        """Collective over all ranks. nbytes: the same on all."""
+        self.world, self.device, self.nbytes, self.core, self.nvshmem = world, device, nbytes, core, bindings
+        self.set, self.reached = int(bindings.Signal_op.SIGNAL_SET), int(bindings.Cmp_type.CMP_GE)
+        self._whole = core.tensor((nbytes + ALIGN,), dtype=torch.uint8)
+        first = -self._whole.data_ptr() % ALIGN  # the same on all ranks
+        self.bytes = self._whole[first : first + nbytes]
+        self._taken: list[tuple[int, int]] = []
+        # Of high priority: a wait that is a kernel gets its place on an SM before more blocks of attention.
+        self.puts, self.arrivals, self.forwards, self.looks = (torch.cuda.Stream(device, priority=-1) for _ in range(4))
+        self.beside = self.puts, self.arrivals, self.forwards
+
+    def fit(self, nbytes: int, least: int) -> float:
+        """The first offset from `least` on where `nbytes` are free; infinity where none is."""
+        for start, end in sorted(self._taken):
+            if start >= least + nbytes:
+                break
+            least = max(least, end)
+        return least if least + nbytes <= self.nbytes else math.inf
+
+    def take(self, start: int, nbytes: int) -> torch.Tensor:
+        self._taken.append((start, start + nbytes))
+        return self.bytes[start : start + nbytes]
+
+    def give(self, start: int) -> None:
+        self._taken = [taken for taken in self._taken if taken[0] != start]
+
+    def free(self) -> int:
+        return self.nbytes - sum(end - start for start, end in self._taken)
+
+    def describe(self) -> dict[str, str]:
+        """For the provenance; waits: whether those on a stream are the front end's, or kernels that spin on an SM."""
+        has = importlib.import_module("cuda.core").Device(self.device.index).properties
+        front_end = has.can_use_64_bit_stream_mem_ops and has.can_flush_remote_writes  # as NVSHMEM chooses
+        return {
+            "version": str(self.core.get_version().libnvshmem_version),
+            "heap": f"{self.nbytes >> 20} MiB",
+            "waits": "stream memory operations" if front_end else "kernels",
+        }
+
+    def close(self) -> None:
+        self.core.free_tensor(self._whole)
+        self.core.finalize()
+
+
+_heap: Heap | None = None
+
+
+def start(world: World, device: torch.device, heap_bytes: int = HEAP_BYTES) -> None:
+    """Starts NVSHMEM between the GPUs of all ranks, PE = rank, with one block of symmetric memory; once a process.
+
+    Collective over the whole world, whatever groups exchange later: NVSHMEM knows one set of PEs, and allocates on all
+    of them. device: this rank's own; heap_bytes: the largest of all ranks counts. Bootstrapped by a unique id that goes
+    round by the world's own broadcast: NVSHMEM's MPI bootstrap would have to be built for the very MPI that runs.
+
+    Raises InputError on all ranks where NVSHMEM cannot start: what can be found out before is, since a rank that is
+    missing from a collective start is waited for for ever. All ranks end if it then still hangs.
+    """
+    global _heap
+    if _heap is not None:
+        return
+    core, bindings = world.together(lambda: _load(device), WHAT)
+    nbytes = -(-int(world.largest(heap_bytes, WHAT)) // ALIGN) * ALIGN
+    os.environ["NVSHMEM_SYMMETRIC_SIZE"] = str(nbytes + SLACK)
+    name = world.agree(lambda: _tried(lambda: _bytes(core.get_unique_id()).tobytes().hex()), WHAT)
+    uid = core.get_unique_id(empty=True)
+    _bytes(uid)[:] = np.frombuffer(bytes.fromhex(name), np.int8)
+
+    def init() -> Heap:
+        torch.cuda.set_device(device)
+        own = importlib.import_module("cuda.core").Device(device.index)
+        own.set_current()
+        core.init(device=own, uid=uid, rank=world.rank, nranks=world.size, initializer_method="uid")
+        return Heap(world, device, nbytes, core, bindings)
+
+    limit = threading.Timer(INIT_S, world.abort, (4, f"NVSHMEM has not started on all ranks within {INIT_S} s"))
+    limit.daemon = True
+    with world.blocking(WHAT):
+        limit.start()
+        try:
+            _heap = world.together(lambda: _tried(init), WHAT)
+        finally:
+            limit.cancel()
+
+
+def finish() -> None:
+    """Ends NVSHMEM, after all exchanges are closed; collective over the whole world."""
+    global _heap
+    if _heap is not None:
+        heap, _heap = _heap, None
+        torch.cuda.synchronize(heap.device)
+        with heap.world.blocking("NVSHMEM's end"):
+            heap.close()
+
+
+def current() -> Heap:
+    assert _heap is not None, "NVSHMEM has not been started"
+    return _heap
+
+
+def _load(device: torch.device) -> tuple[Any, Any]:
+    """nvshmem.core and nvshmem.bindings, with their library. Raises InputError."""
+    if device.type != "cuda":
+        raise InputError("transport.kind=nvshmem: there is no GPU for each rank; allowed: auto or mpi")
+    if (queues := os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS", "")).isdigit() and int(queues) < QUEUES:
+        raise InputError(
+            f"transport.kind=nvshmem: CUDA_DEVICE_MAX_CONNECTIONS={queues}, and transfers would queue behind waits;"
+            f" allowed: unset, or {QUEUES} to 32"
+        )
+    if os.environ.get("CUDA_LAUNCH_BLOCKING", "0") not in ("", "0"):
+        raise InputError(
+            "transport.kind=nvshmem: CUDA_LAUNCH_BLOCKING is on, and nobody could send while one waits; allowed: 0"
+        )
+
+    def load() -> tuple[Any, Any]:
+        core = importlib.import_module("nvshmem.core")
+        core.get_version()  # loads the library
+        return core, importlib.import_module("nvshmem.bindings")
+
+    return _tried(load)
+
+
+def _tried(body: Callable[[], T]) -> T:
+    """What `body` returns; whatever it raises as an InputError."""
+    try:
+        return body()
+    except Exception as error:
+        said = " ".join(str(error).split()) or repr(error)
+        raise InputError(f"transport.kind=nvshmem: NVSHMEM does not start: {said}; allowed: auto or mpi") from error
+
+
+def _bytes(uid: Any) -> np.ndarray:
+    found: np.ndarray = uid._data.view(np.int8)  # as nvshmem.core's own broadcast does
+    return found

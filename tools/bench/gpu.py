@@ -1,0 +1,154 @@
+"""What the benchmarks on GPUs share: a GPU for each rank, NCCL beside MPI, kernels to compare with, events, graphs."""
+
+import argparse
+import os
+import socket
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from hpcdit.cluster import MPI, World
+from hpcdit.errors import InputError
+
+T = TypeVar("T")
+Attend = Callable[..., tuple[Tensor, Tensor]]  # q, k, v, [B, L, H, D] each -> out [B, L, H, D], lse [B, H, L]
+
+WHAT = "the benchmark"
+WARM = 3  # calls before a capture, and before what is timed
+
+
+def run(parser: argparse.ArgumentParser, body: Callable[[argparse.Namespace, World], None]) -> int:
+    """Parses the command line and calls `body` on every rank; one rank's error ends all of them."""
+    if MPI.COMM_WORLD.rank:  # one rank says what is wrong
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    args = parser.parse_args()
+    sys.stderr = sys.__stderr__
+    try:
+        world = World()
+        try:
+            body(args, world)
+            code = 0
+        except InputError as error:  # the same on every rank
+            say(world, f"bench: {error}")
+            code = 2
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        world.close()
+        return code
+    except (Exception, KeyboardInterrupt):
+        print(traceback.format_exc(), file=sys.__stderr__, flush=True)
+        MPI.COMM_WORLD.Abort(1)
+        os._exit(1)  # Abort may return before the launcher has heard of it
+
+
+def say(world: World, text: str) -> None:
+    if world.rank == 0:
+        print(text, flush=True)
+
+
+def bind(world: World) -> torch.device:
+    """This rank's GPU, made the current one. Raises InputError if there are more ranks than GPUs."""
+    count = torch.cuda.device_count()
+    if world.largest(world.host_comm.size > count, WHAT):
+        raise InputError(f"{world.host_comm.size} ranks on a host of {count} GPUs: start one a GPU")
+    device = torch.device("cuda", world.host_comm.rank)
+    torch.cuda.set_device(device)
+    return device
+
+
+def cards(world: World, device: torch.device) -> str:
+    """The GPUs and libraries, for a table's head."""
+    versions = f"torch {torch.__version__}, cuDNN {torch.backends.cudnn.version()}"
+    return f"{world.size} x {torch.cuda.get_device_name(device)}, {versions}"
+
+
+def nccl(world: World, device: torch.device) -> None:
+    """Sets up torch.distributed over NCCL for the ranks of MPI. Raises InputError if they are on several hosts."""
+    if len(set(world.hosts)) > 1:
+        raise InputError("NCCL is set up by way of 127.0.0.1 here: run it on one host")
+    ours = {"RANK": world.rank, "WORLD_SIZE": world.size, "LOCAL_RANK": device.index}
+    port = world.broadcast(free_port() if world.rank == 0 else None, WHAT)
+    os.environ.update({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}, **{k: str(v) for k, v in ours.items()})
+    dist.init_process_group("nccl", device_id=device)
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def seconds(call: Callable[[], object], count: int) -> list[float]:
+    """The time of each of `count` calls one after the other, by events on the current stream."""
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
+    events[0].record()
+    for event in events[1:]:
+        call()
+        event.record()
+    events[-1].synchronize()
+    return [first.elapsed_time(second) / 1e3 for first, second in pairwise(events)]
+
+
+def captured(call: Callable[[], T]) -> Callable[[], T]:
+    """`call` as a CUDA graph: each call of the result replays it, and returns the tensors that it writes to."""
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(WARM):
+            call()
+    stream.synchronize()
+    with torch.cuda.graph(graph, stream=stream, capture_error_mode="relaxed"):
+        out = call()
+
+    def replay() -> T:
+        graph.replay()
+        return out
+
+    return replay
+
+
+def cudnn(q: Tensor, k: Tensor, v: Tensor, **_: Any) -> tuple[Tensor, Tensor]:
+    """cuDNN's attention, as torch has it. What else a library hands over says what is the default here anyway."""
+    heads_first = (x.transpose(1, 2) for x in (q, k, v))
+    attend = torch.ops.aten._scaled_dot_product_cudnn_attention
+    out, lse, *_rest = attend(*heads_first, None, True, 0.0, False, False)
+    return out.transpose(1, 2), lse.reshape(lse.shape[:3])
+
+
+def fa3(q: Tensor, k: Tensor, v: Tensor, **_: Any) -> tuple[Tensor, Tensor]:
+    """FlashAttention 3, of the package fa3-fwd."""
+    import fa3_fwd_interface  # type: ignore[import-not-found, unused-ignore]
+
+    out, lse, *_rest = fa3_fwd_interface.flash_attn_func(q, k, v, return_attn_probs=True)
+    return out, lse
+
+
+def kernels() -> dict[str, Attend]:
+    """The attention kernels that there are, by name."""
+    try:
+        import fa3_fwd_interface  # type: ignore[import-not-found, unused-ignore]  # noqa: F401
+    except ImportError:
+        return {"cuDNN": cudnn}
+    return {"cuDNN": cudnn, "FA3": fa3}
+
+
+def difference(x: Tensor, reference: Tensor) -> float:
+    """|x - reference| / |reference|, of all elements together."""
+    x, reference = x.double(), reference.double()
+    return float((x - reference).norm() / reference.norm())
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Columns as wide as they need, the first to the left and all others to the right."""
+    lines = [list(head), *(list(row) for row in rows)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+    return "\n".join(
+        "  " + "  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))])
+        for line in lines
+    )

@@ -1,0 +1,132 @@
+"""Blocks between two GPUs through hpcdit's exchange, beside bare puts, and beside an attention call.
+
+mpirun -n 2 python tools/bench/transfers.py
+"""
+
+import argparse
+import math
+import os
+import statistics
+import sys
+from collections.abc import Callable
+
+os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")  # before CUDA starts
+
+import torch
+from gpu import bind, captured, cards, kernels, run, say, table
+
+from hpcdit.cluster import Cluster, World
+from hpcdit.errors import InputError
+from hpcdit.transport.base import Exchange, Place, probe
+from hpcdit.transport.nvshmem import NvshmemTransport, finish, start
+
+MIB = 1 << 20
+ROUNDS = 20  # of a graph, and bare puts of a measurement: more than a call of the host takes
+WHAT = "the benchmark"
+
+
+class Bench:
+    """Both ranks send a block to each other at once."""
+
+    def __init__(self, args: argparse.Namespace, world: World, device: torch.device) -> None:
+        self.args, self.world, self.device = args, world, device
+        largest = max(args.sizes) * MIB
+        start(world, device, 2 * Exchange.SETS * largest + 16 * MIB)
+        self.cluster = Cluster(world, 1)
+        self.transport = NvshmemTransport(self.cluster)
+
+    def seconds(self, body: Callable[[], object], times: int = 1) -> float:
+        """The median time of `body` / `times` on the device, of the slower rank."""
+        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        found = []
+        for _ in range(3 + self.args.repeat):
+            self.transport.await_stream(WHAT)
+            self.world.barrier(WHAT)
+            first.record()
+            body()
+            last.record()
+            self.transport.await_stream(WHAT)
+            found.append(first.elapsed_time(last) / 1e3 / times)
+        return self.world.largest(statistics.median(found[3:]), WHAT)
+
+    def size(self, nbytes: int, attend: Callable[[], object]) -> tuple[list[str], list[str]]:
+        """The rows of one size: transfers, and transfers beside attention."""
+        pattern = probe((0, 1), nbytes)
+        exchange = self.transport.exchange(pattern)
+        theirs = Place(self.world.rank, 1)
+
+        def turn(beside: Callable[[], object] = lambda: None) -> None:
+            exchange.begin()
+            exchange.signal(Place(self.world.rank, 0))
+            beside()
+            exchange.wait(theirs)
+            exchange.quiet()
+
+        def turns() -> None:
+            for _ in range(ROUNDS):
+                turn()
+            self.transport.join()
+
+        block = exchange.memory(self.world.rank, 0)
+        assert block is not None
+        source, target, peer = block.data_ptr(), block[nbytes:].data_ptr(), 1 - self.world.rank
+        heap = self.transport.heap
+
+        def puts() -> None:
+            stream = torch.cuda.current_stream().cuda_stream
+            for _ in range(ROUNDS):
+                heap.nvshmem.putmem_on_stream(target, source, nbytes, peer, stream)
+
+        replay = captured(turns)
+        turn(attend)  # every kernel runs once before rounds run ahead
+        turn(attend)
+        self.transport.ahead = True
+        transfer, in_graph, bare = self.seconds(turn), self.seconds(replay, ROUNDS), self.seconds(puts, ROUNDS)
+        one = self.seconds(attend)
+        calls = max(math.ceil(transfer / one), 1)
+
+        def compute() -> None:
+            for _ in range(calls):
+                attend()
+
+        alone, both = self.seconds(compute), self.seconds(lambda: turn(compute))
+        self.transport.ahead = False
+        overlap = (transfer + alone - both) / min(transfer, alone)
+        exchange.close()
+        speeds = [f"{t * 1e6:.1f} us, {nbytes / t / 1e9:.0f}" for t in (bare, in_graph, transfer)]
+        milliseconds = [f"{t * 1e3:.3f}" for t in (transfer, alone, both)]
+        name = f"{nbytes / MIB:g} MiB"
+        return [name, *speeds], [f"{name}, {calls} call{'s' * (calls > 1)}", *milliseconds, f"{overlap:.2f}"]
+
+
+def body(args: argparse.Namespace, world: World) -> None:
+    if world.size != 2:
+        raise InputError(f"{world.size} ranks; allowed: 2")
+    device = bind(world)
+    bench = Bench(args, world, device)
+    q = torch.randn(1, args.tokens, args.heads, args.dim, device=device).to(torch.bfloat16)
+    name, attend = list(kernels().items())[-1]
+    say(world, f"{cards(world, device)}; {bench.transport.describe()}")
+    rows = [bench.size(n * MIB, lambda: attend(q, q, q)) for n in args.sizes]
+    say(world, f"\na block each way at once; time, GB/s of each rank; medians of {args.repeat}, of the slower rank")
+    head = ("", "bare put", f"exchange, in a graph of {ROUNDS}", "exchange, a call a round")
+    say(world, table(head, [row for row, _ in rows]))
+    say(world, f"\nbeside {name}, {args.tokens} tokens, {args.heads} heads of {args.dim}, bfloat16; ms")
+    say(world, table(("", "transfer", "compute", "both", "overlap"), [row for _, row in rows]))
+    say(world, "overlap: (transfer + compute - both) / the shorter of them")
+    finish()
+    bench.cluster.close()
+
+
+def sizes(text: str) -> list[int]:
+    return [int(word) for word in text.split(",")]
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Blocks between two GPUs, under mpirun -n 2.")
+    parser.add_argument("--sizes", type=sizes, default="1,16,256", help="of the blocks, in MiB, a list")
+    parser.add_argument("--repeat", type=int, default=20)
+    parser.add_argument("--tokens", type=int, default=8192, help="of the attention call")
+    parser.add_argument("--heads", type=int, default=24)
+    parser.add_argument("--dim", type=int, default=128)
+    sys.exit(run(parser, body))
