@@ -58,10 +58,11 @@ class Device:
         return float(torch.cuda.get_device_properties(self.torch).total_memory) if self.cuda else None
 
 
-def bind(kind: str, world: "World") -> Device:
+def bind(kind: str, world: "World", exact: bool = False) -> Device:
     """This rank's device; all ranks have one of the same kind. Collective.
 
-    kind: one of KINDS; auto: a GPU where every rank has one to itself. Raises InputError on all ranks.
+    kind: one of KINDS; auto: a GPU where every rank has one to itself; exact: float32 is float32 in convolutions too,
+    of whose mantissa torch else takes ten bits on a GPU. Raises InputError on all ranks.
     """
     if kind == "cpu":
         return cpu()
@@ -85,6 +86,7 @@ def bind(kind: str, world: "World") -> Device:
         )
     device = torch.device("cuda", world.host_comm.rank if count >= world.host_comm.size else 0)
     torch.cuda.set_device(device)
+    torch.backends.cudnn.allow_tf32 = not exact
     return Device(device, importlib.import_module(".kernels.cuda", __package__), torch.cuda.get_device_name(device))
 
 

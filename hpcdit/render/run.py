@@ -83,7 +83,7 @@ def _render(
     # The traces' clock is rank 0's, from here on.
     zero = world.broadcast(Trace.now(), "the clocks")
     trace = Trace(world.rank, config.trace.level, world.clock_offset() - zero)
-    device = bind(config.model.device, world)
+    device = bind(config.model.device, world, exact=config.model.dtype == "float32")
     work = workload(batch.shape, [job.sampling for job in batch.todo], config.model.dtype, config.parallel.batch)
     with trace.span("plan", "inter"):
         t, say = config.transport, report.log.warning if report else lambda text: None

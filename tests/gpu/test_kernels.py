@@ -326,7 +326,9 @@ def test_embed_fills_each_block_and_nothing_else(kernels: Any, counts: list[int]
         rooms = [Room((23, 2, len(which), dim), dtype, start, layout) for which in heads]
         kernels.embed(x, norm, tables, [(which, room.tensor) for which, room in zip(heads, rooms, strict=True)])
         for which, room in zip(heads, rooms, strict=True):
-            assert torch.equal(room.tensor, whole[:, :, which.start : which.stop])
+            # Without 16-byte loads a token's squares are summed in another order.
+            near = {BF16: 2.0**-7, HALF: 2.0**-10, SINGLE: 2e-6}[dtype]
+            torch.testing.assert_close(room.tensor, whole[:, :, which.start : which.stop], rtol=near, atol=1e-6)
             assert room.untouched_around()
 
 
