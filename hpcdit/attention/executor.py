@@ -41,7 +41,7 @@ class Replay:
         self.exchange: Exchange = transport.exchange(placement.pattern(dtype))
         self._set = 0
         self._open = False
-        self.device = torch.device("cpu")  # of what is published
+        self.device, self.dtype = torch.device("cpu"), dtype  # the device is that of what is published
         leaving = (p for source, _, p in placement.crossings if source == p.tokens == self.rank)
         own, slots = placement.schedule.own(self.rank), placement.schedule.slots
         self.tensors, self.slots = publishing(leaving, own, slots)
@@ -144,9 +144,7 @@ class Attention:
                     self._attend(step, partial)
                 case Push(piece, _):
                     self._push(piece, partial.pop((piece.tokens, piece.heads)))
-        for (rank, slot), found in partial.items():
-            self._push(Piece("o", rank, slot), found)
-        out = self._collect()
+        out = self._collect({slot: found for (_, slot), found in partial.items()})
         self.replay.finish()
         return out
 
@@ -185,32 +183,40 @@ class Attention:
         place = self.placement.landing(piece, self.replay.rank)
         block = self.replay.view([piece], place.rank)
         assert block is not None
-        if len(found) == 1:
-            block.copy_(found[0][0])
-        elif block.device == self.replay.device:
-            self.kernels.merge(*found[0], *found[1], into=block)
-        else:
-            block.copy_(self.kernels.merge(*found[0], *found[1])[0])
+        self._write(found, block)
         self.replay.exchange.signal(place)
-        if piece.tokens != self.replay.rank:
-            lane = self.replay.lane(piece.tokens)
-            nbytes = block.numel() * block.element_size()
-            if place.rank == piece.tokens:  # written at home; what is staged is counted as it leaves
-                self.replay.transport.traffic.intra += nbytes
-            self.spans.end("push o", lane, start, nbytes)
+        nbytes = block.numel() * block.element_size()
+        if place.rank == piece.tokens:  # written at home; what is staged is counted as it leaves
+            self.replay.transport.traffic.intra += nbytes
+        self.spans.end("push o", self.replay.lane(piece.tokens), start, nbytes)
 
-    def _collect(self) -> torch.Tensor:
-        """Waits for this rank's o of every head slot and puts the slots side by side."""
-        start, rank = self.spans.start(), self.replay.rank
-        parts = []
-        for slot in range(self.placement.schedule.slots):
+    def _write(self, found: list[Partial], into: torch.Tensor) -> None:
+        """Writes a finished result where it is wanted."""
+        if len(found) == 1:
+            into.copy_(found[0][0])
+        elif into.device == self.replay.device:
+            self.kernels.merge(*found[0], *found[1], into=into)
+        else:
+            into.copy_(self.kernels.merge(*found[0], *found[1])[0])
+
+    def _collect(self, made: dict[int, list[Partial]]) -> torch.Tensor:
+        """This rank's o: of the head slots in `made` its own results, of the others what comes home."""
+        start, rank, placement = self.spans.start(), self.replay.rank, self.placement
+        slots, shape = placement.schedule.slots, placement.shape
+        if slots == 1 and len(made[0]) == 1:
+            return made[0][0][0].transpose(0, 1)
+        size = shape.batch, len(placement.tokens[rank]), shape.heads, shape.dim
+        out = torch.empty(size, dtype=self.replay.dtype, device=self.replay.device)
+        for slot, heads in sorted(enumerate(placement.heads), key=lambda entry: entry[0] not in made):
+            part = out[:, :, heads.start : heads.stop].transpose(0, 1)
+            if slot in made:
+                self._write(made[slot], part)
+                continue
             piece = Piece("o", rank, slot)
-            self.replay.exchange.wait(Place(rank, self.placement.blocks[rank][piece][0]))
-            part = self.replay.view([piece], rank)
-            assert part is not None
-            parts.append(part)
-        # A copy also where there is one slot: the block is given up two rounds later, the result is not.
-        out = self.replay.here(torch.cat(parts, dim=2)).transpose(0, 1).contiguous()
+            self.replay.exchange.wait(Place(rank, placement.blocks[rank][piece][0]))
+            block = self.replay.view([piece], rank)
+            assert block is not None
+            part.copy_(block)
         self.spans.end("wait o", "inter" if len(set(self.replay.transport.nodes)) > 1 else "intra", start)
         return out
 

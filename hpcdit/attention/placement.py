@@ -64,7 +64,7 @@ class Placement:
         stored |= {Piece(t, rank, slot) for t in "qkv" for slot in own}
         runs = [[p for p in used[slot] if p.tensor == t and p in stored] for slot in own for t in "qkv"]
         runs += [[Piece(t, rank, s)] for t in "qkv" for s in range(self.schedule.slots) if s not in own]
-        runs += [[Piece("o", rank, s)] for s in range(self.schedule.slots)]
+        runs += [[Piece("o", rank, s)] for s in range(self.schedule.slots) if s not in own]  # made by others
         pushed = [s.piece for s in steps if isinstance(s, Push) and self.nodes[s.home] != self.nodes[rank]]
         return runs + [[piece] for piece in pushed]
 

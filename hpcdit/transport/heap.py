@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from ..cluster import World
-from ..errors import InputError
+from ..errors import BrokenRun, InputError
 
 T = TypeVar("T")
 
@@ -34,6 +34,8 @@ class Heap:
         first = -self._whole.data_ptr() % ALIGN  # the same on all ranks
         self.bytes = self._whole[first : first + nbytes]
         self._taken: list[tuple[int, int]] = []
+        self._one = torch.ones(1, dtype=torch.int64, device=device)
+        self._runtime = importlib.import_module("cuda.bindings.runtime")
         # Of high priority: a wait that is a kernel gets its place on an SM before more blocks of attention.
         self.puts, self.arrivals, self.forwards, self.looks = (torch.cuda.Stream(device, priority=-1) for _ in range(4))
         self.beside = self.puts, self.arrivals, self.forwards
@@ -52,6 +54,28 @@ class Heap:
 
     def give(self, start: int) -> None:
         self._taken = [taken for taken in self._taken if taken[0] != start]
+
+    def put(self, target: int, source: int, nbytes: int, signal: int, pe: int, stream: int) -> None:
+        """Copies `nbytes` at `source` to `pe`'s memory and then sets its signal to 1, in the order of `stream`.
+
+        target, signal: own addresses, for which the same places of `pe` stand. To a GPU of the same NVLink domain both
+        are copies, which need no SM: a signal that a kernel sets has to wait until attention leaves it one.
+        """
+        there = self.nvshmem.ptr(target, pe)
+        if there:
+            self._copy(there, source, nbytes, stream)
+            self._copy(self.nvshmem.ptr(signal, pe), self._one.data_ptr(), 8, stream)
+        elif nbytes:
+            self.nvshmem.putmem_signal_on_stream(target, source, nbytes, signal, 1, self.set, pe, stream)
+        else:
+            self.nvshmem.signal_op_on_stream(signal, 1, self.set, pe, stream)
+
+    def _copy(self, target: int, source: int, nbytes: int, stream: int) -> None:
+        if nbytes:
+            kind = self._runtime.cudaMemcpyKind.cudaMemcpyDefault
+            (error,) = self._runtime.cudaMemcpyAsync(target, source, nbytes, kind, stream)
+            if error:
+                raise BrokenRun(f"a copy of {nbytes} bytes to another GPU: {error.name}")
 
     def free(self) -> int:
         return self.nbytes - sum(end - start for start, end in self._taken)

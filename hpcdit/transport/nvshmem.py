@@ -1,10 +1,10 @@
 """One-sided transfers between GPUs: NVSHMEM puts on CUDA streams, which copy engines carry out while the SMs compute.
 
 A block goes into the reader's memory as soon as it is written, by a put that sets the block's signal in the reader's
-memory when all of it is there. Three streams stand beside the current one, which computes: `puts`, in the order in
-which blocks are signalled; `arrivals`, which waits for signals in the order in which blocks are waited for; `forwards`,
-which sends on what has arrived (a ring). A round forks them from the current stream and joins them to it at its end,
-and contains neither allocations nor, where it is captured, waits of the host: any number of rounds fit a CUDA graph.
+memory when all of it is there. Streams stand beside the current one, which computes: `puts`, in the order in which
+blocks are signalled; `arrivals`, which waits for what is to be sent on (a ring), and `forwards`, which sends it. For
+all else the current stream waits itself. A round forks them from it and joins them to it at its end, and contains
+neither allocations nor, where it is captured, waits of the host: any number of rounds fit a CUDA graph.
 
 **Two sets and no barrier.** At the end of a round a rank has all that was sent to it, and clears that set's signals on
 the stream that computes, before it publishes the next round. In attention, and where all is gathered, a rank's round
@@ -120,7 +120,7 @@ class NvshmemExchange(Exchange):
     def _send(self, place: Place, stream: torch.cuda.Stream) -> None:
         """Block `place` leaves on `stream` once it is ready."""
         stream.wait_event(self._ready[place])
-        nodes, nvshmem = self.transport.nodes, self._heap.nvshmem
+        nodes = self.transport.nodes
         nbytes, source = self._pattern.nbytes(place), self._address(place)
         for t in self._onward[place]:
             signal, pe = self._signal(t.target.block), self._world.members[t.target.rank]
@@ -128,11 +128,7 @@ class NvshmemExchange(Exchange):
                 self.transport.traffic.intra += nbytes
             else:
                 self.transport.traffic.inter += nbytes
-            how = self._heap.set, pe, stream.cuda_stream
-            if nbytes:  # to the address that the target has here: symmetric memory
-                nvshmem.putmem_signal_on_stream(self._address(t.target), source, nbytes, signal, 1, *how)
-            else:
-                nvshmem.signal_op_on_stream(signal, 1, *how)
+            self._heap.put(self._address(t.target), source, nbytes, signal, pe, stream.cuda_stream)
 
     def _address(self, place: Place) -> int:
         offset = self._pattern.spans[place.rank][place.block][0] * self._pattern.dtype.itemsize
@@ -148,17 +144,20 @@ class NvshmemExchange(Exchange):
         elif place in self._late:
             what = f"{self._name(place)}, layer {self._round}"
             self._world.wait(lambda: self._look(place), [self._late[place]], what)
-        if place in self._from:  # an own block is written by the stream that reads it
+        if place in self._from and place in self._onward:
             torch.cuda.current_stream().wait_event(self._ready[place])
 
     def _expect(self, place: Place) -> None:
-        """`arrivals` waits for an inbound block, `forwards` sends it on."""
+        """The current stream waits for an inbound block. If it goes on, `arrivals` does, and `forwards` sends it.
+
+        A wait that is a kernel takes an SM from attention: on the stream that computes there is none beside it.
+        """
         del self._late[place]
-        heap = self._heap
-        stream = heap.arrivals.cuda_stream
-        heap.nvshmem.signal_wait_until_on_stream(self._signal(place.block), heap.reached, 1, stream)
-        self._ready[place].record(heap.arrivals)
-        if place in self._onward:
+        heap, onward = self._heap, place in self._onward
+        stream = heap.arrivals if onward else torch.cuda.current_stream()
+        heap.nvshmem.signal_wait_until_on_stream(self._signal(place.block), heap.reached, 1, stream.cuda_stream)
+        if onward:
+            self._ready[place].record(stream)
             self._send(place, heap.forwards)
 
     def _look(self, place: Place) -> bool:

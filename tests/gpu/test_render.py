@@ -11,6 +11,7 @@ from tests.require import needs
 from tests.system.program import Start, run
 
 SMALL = ("sampling.steps=4", "sampling.num_frames=9", "sampling.height=64", "sampling.width=64", "trace.level=0")
+PLAIN = ("model.compile=false",)  # compiling takes longer than all the rest
 
 
 FOUND = torch.cuda.device_count()
@@ -36,7 +37,7 @@ def assert_near(found: list[np.ndarray], wanted: list[np.ndarray], levels: int, 
 
 
 @one_gpu
-@pytest.mark.parametrize("how", [(), ("model.graph=false",), ("model.compile=false",)])
+@pytest.mark.parametrize("how", [(), (*PLAIN, "model.graph=false"), PLAIN])
 def test_one_gpu_gives_the_frames_of_the_cpu(tmp_path: Path, how: tuple[str, ...]) -> None:
     wanted = frames(None, tmp_path, "cpu", "model.device=cpu")
     assert_near(frames(None, tmp_path, "gpu", "model.device=cuda", *how), wanted, levels=1)
@@ -47,7 +48,7 @@ def test_one_gpu_gives_the_frames_of_the_cpu(tmp_path: Path, how: tuple[str, ...
 @pytest.mark.parametrize(("dtype", "levels", "share"), [("float32", 1, 1.0), ("bfloat16", 2, 0.999)])
 @pytest.mark.parametrize("layout", ["torus", "ring", "ulysses"])
 def test_two_gpus_give_the_frames_of_one(layout: str, dtype: str, levels: int, share: float, tmp_path: Path) -> None:
-    common = (f"model.dtype={dtype}", "model.device=cuda")
+    common = (f"model.dtype={dtype}", "model.device=cuda", *PLAIN)
     together = ("parallel.replicas=1", "parallel.cfg=1", f"parallel.method={layout}")
     one = frames(None, tmp_path, "one", *common)
     for name, more in (("near", ()), ("far", ("cluster.ranks_per_node=1",))):
@@ -58,6 +59,6 @@ def test_two_gpus_give_the_frames_of_one(layout: str, dtype: str, levels: int, s
 
 @two_gpus
 def test_gpus_without_nvshmem_go_through_the_host(tmp_path: Path) -> None:
-    together = ("parallel.replicas=1", "parallel.cfg=1", "transport.kind=mpi", "model.graph=false")
-    wanted = frames(None, tmp_path, "one", "model.device=cuda")
+    together = ("parallel.replicas=1", "parallel.cfg=1", "transport.kind=mpi", *PLAIN)
+    wanted = frames(None, tmp_path, "one", "model.device=cuda", *PLAIN)
     assert_near(frames(2, tmp_path, "two", "model.device=cuda", *together), wanted, levels=1)
