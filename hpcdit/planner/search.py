@@ -17,7 +17,7 @@ from .reasons import too_large, why_not
 from .space import Bound, bound, layouts
 from .workload import Workload
 
-NEAR = 1.015  # what is so near to the best is as good: layouts are left unsimulated, simpler ones preferred, each once
+NEAR = 1.003  # what is so near to the best is as good: layouts are left unsimulated, simpler ones preferred, each once
 NEARLY = 1.05  # the same, for plans that are only to be told of
 RIVALS = 5  # runners-up that are told of
 

@@ -16,6 +16,7 @@ from .measured import fit
 
 WHAT = "the measurement of the machine"
 SECONDS = 0.08  # that one timing may take, about
+CALLS = 10  # of which one timing consists, at most
 QUERIES = (16, 40, 72, 136, 264, 512)  # of the attention calls that are timed: a little more than a tile, mostly
 QUERY_TILE = 128  # of the flash kernels for GPUs
 
@@ -50,20 +51,24 @@ class Timer:
 
     def __init__(self, world: Group, device: Device) -> None:
         self.world, self.device = world, device
-        self._calls = 10 if device.cuda else 1  # a device is given its next call while it still works
 
     def __call__(self, body: Callable[[], object]) -> float:
         """The quickest of a few."""
-        body()  # the first is never like the others
-        self.device.synchronize()
+        for _ in range(2):  # the first is never like the others
+            before = time.perf_counter()
+            body()
+            self.device.synchronize()
+        calls = 1
+        if self.device.cuda:  # which is given its next call while it still works
+            calls = max(1, min(CALLS, int(SECONDS / 4 / (time.perf_counter() - before))))
         self.world.barrier(WHAT)
         best, start = math.inf, time.perf_counter()
         for _ in range(5):
             before = time.perf_counter()
-            for _ in range(self._calls):
+            for _ in range(calls):
                 body()
             self.device.synchronize()
-            best = min(best, (time.perf_counter() - before) / self._calls)
+            best = min(best, (time.perf_counter() - before) / calls)
             if time.perf_counter() - start > SECONDS:
                 break
         return self.world.largest(best, WHAT)
@@ -96,7 +101,7 @@ def _attention_cpu(timed: Timer, dtype: torch.dtype, dim: int) -> tuple[float, f
     return rate, call_s, 1, tile
 
 
-def _attention_cuda(timed: Timer, dtype: torch.dtype, dim: int, tokens: int = 8192) -> tuple[float, float, int, int]:
+def _attention_cuda(timed: Timer, dtype: torch.dtype, dim: int, tokens: int = 4096) -> tuple[float, float, int, int]:
     """As _attention_cpu; how calls are cut into thread blocks is known."""
     lanes = torch.cuda.get_device_properties(timed.device.torch).multi_processor_count
     heads = lanes  # so that the last wave is whole, whatever the tile
