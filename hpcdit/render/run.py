@@ -128,15 +128,15 @@ def _render(
         groups.number, groups.replica, transport, groups.halves(trace), adapter, device, dtype,
         lambda shape: planner(shape, transport.nodes), finisher, trace, queue,
     )  # fmt: skip
-    cut = False
+    stopped: Stopped | None = None
     try:
         engine.render(batch.todo)
-    except Stopped:  # by all ranks together
-        cut = True
+    except Stopped as error:  # by all ranks together
+        stopped = error
     groups.close()
     network.close()
-    if cut:
-        raise Stopped
+    if stopped is not None:
+        raise stopped
 
 
 def _warn_unguided(batch: Batch, cfg: int, adapter: Adapter, report: Report) -> None:

@@ -51,4 +51,4 @@ class LocalTransport(Transport):
         return 0.0
 
     def describe(self) -> dict[str, str]:
-        return {"kind": "local"}
+        return {"kind": "local", "inter": "none"}
