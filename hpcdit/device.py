@@ -17,8 +17,6 @@ from .kernels.base import Kernels
 if TYPE_CHECKING:
     from .cluster import World
 
-KINDS = ("auto", "cpu", "cuda")
-
 
 @dataclass(frozen=True)
 class Device:
@@ -61,8 +59,8 @@ class Device:
 def bind(kind: str, world: "World", exact: bool = False) -> Device:
     """This rank's device; all ranks have one of the same kind. Collective.
 
-    kind: one of KINDS; auto: a GPU where every rank has one to itself; exact: float32 is float32 in convolutions too,
-    of whose mantissa torch else takes ten bits on a GPU. Raises InputError on all ranks.
+    kind: auto, cpu or cuda; auto: a GPU where every rank has one to itself. exact: float32 is float32 in convolutions
+    too, of whose mantissa torch else takes ten bits on a GPU. Raises InputError on all ranks.
     """
     if kind == "cpu":
         return cpu()

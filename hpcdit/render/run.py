@@ -26,6 +26,7 @@ from ..planner.presets import to_keys
 from ..planner.reasons import seconds
 from ..stop import StopRequest
 from ..transport import Network
+from ..transport.heap import HEAP_BYTES
 from .batch import Batch, output_folder
 from .engine import Engine
 from .groups import Groups
@@ -37,7 +38,6 @@ from .queue import Queue, batches
 from .stages import Finisher
 
 OK, FAILED = 0, 3
-HEAP_BYTES = 4 << 30  # of symmetric memory, at least: links are measured with blocks of this order
 
 
 def render(config: Config, world: World, cluster: Cluster, batch: Batch, stop: StopRequest) -> int:
@@ -101,10 +101,7 @@ def _render(
     gc.enable()
     if report:
         report.log.info("device: %s; transport: %s", device.name, transport.describe())
-        report.log.info("costs: %s", ", ".join(f"{key} {value:.3g}" for key, value in to_keys(planner.costs).items()))
-        report.log.info("plan: %s, about %s without reading and writing", plan, seconds(plan.makespan_s))
-        for other in plan.others:
-            report.log.info("not %s: %s", other, other.why)
+        _log_plan(planner, report)
         _warn_unguided(batch, plan.cfg, adapter, report)
     finisher = Finisher(
         adapter,
@@ -137,6 +134,15 @@ def _render(
     network.close()
     if stopped is not None:
         raise stopped
+
+
+def _log_plan(planner: Planner, report: Report) -> None:
+    """What the plan follows from, what it is, and why it is no other."""
+    plan, costs = planner.batch, to_keys(planner.costs)
+    report.log.info("costs: %s", ", ".join(f"{key} {value:.3g}" for key, value in costs.items()))
+    report.log.info("plan: %s, about %s without reading and writing", plan, seconds(plan.makespan_s))
+    for other in plan.others:
+        report.log.info("not %s: %s", other, other.why)
 
 
 def _warn_unguided(batch: Batch, cfg: int, adapter: Adapter, report: Report) -> None:

@@ -11,8 +11,6 @@ from .local import LocalTransport
 if TYPE_CHECKING:
     from ..cluster import Cluster, World
 
-KINDS = ("auto", "mpi", "nvshmem")
-
 
 class Network:
     """How the ranks of a run reach each other; closed when all transports are."""
@@ -22,7 +20,7 @@ class Network:
     ) -> None:  # fmt: skip
         """Starts NVSHMEM where it is wanted. Collective over the world.
 
-        kind: one of KINDS; auto: NVSHMEM between GPUs, or MPI where that does not start, which `say` then tells.
+        kind: auto, mpi or nvshmem; auto: NVSHMEM between GPUs, or MPI where that does not start, which `say` tells.
         inter: see MpiTransport; heap_bytes: of symmetric memory. Raises InputError on all ranks.
         """
         self.device, self.inter, self._nvshmem = device, inter, False

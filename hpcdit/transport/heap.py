@@ -16,7 +16,7 @@ from ..errors import BrokenRun, InputError
 T = TypeVar("T")
 
 ALIGN = 256  # bytes, of buffer sets: what copy engines and vector loads like best
-HEAP_BYTES = 4 << 30
+HEAP_BYTES = 4 << 30  # at least: links are measured with blocks of this order
 SLACK = 1 << 28  # bytes of symmetric memory for NVSHMEM itself: teams and their scratch memory
 INIT_S = 120  # for NVSHMEM to start on all ranks
 QUEUES = 8  # CUDA's default. Streams that share a hardware queue wait for each other's waits
