@@ -18,6 +18,7 @@ import mpi4py
 import numpy as np
 
 from .errors import BrokenRun, InputError
+from .guard import let_hear
 from .launch import launch_error
 from .service import Service
 
@@ -107,6 +108,7 @@ class World(Group):
             sys.stdout.flush()
             print(f"hpcdit: rank {self.rank} on {self.hostname}: {message}", file=sys.stderr, flush=True)
         if len(set(self.hosts)) > 1:
+            let_hear()
             with alarm(ABORT_S):
                 MPI.COMM_WORLD.Abort(code)
         os._exit(code)

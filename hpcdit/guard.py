@@ -9,10 +9,13 @@ imports nothing large: it lives as long as the run, beside the work.
 
 import contextlib
 import ctypes
+import fcntl
 import os
 import signal
 import socket
+import stat
 import sys
+import termios
 import time
 from collections.abc import Callable
 from types import FrameType
@@ -25,7 +28,7 @@ PR_SET_PDEATHSIG, PR_SET_NAME = 1, 15
 NAME = "hpcdit-guard"  # what ps calls it, and how guards know each other
 END = signal.SIGRTMIN + 1  # from one guard to the others of its host: a rank has broken, the run is over
 LINGER_S = 2.0
-SAYING_S = 0.1  # for what was said to get ahead of the launcher's end
+HEARING_S = 1.0  # for the launcher to take in what was said
 SIZES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
 RANKS = ("PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID")
 
@@ -129,9 +132,21 @@ def _end_run(code: int) -> None:
     # MPICH's launcher leaves other hosts alone when a rank ends by itself, but does what MPI_Abort would ask it for.
     here, everywhere, launcher = (os.environ.get(name, "") for name in ("MPI_LOCALNRANKS", "PMI_SIZE", "PMI_FD"))
     if here.isdigit() and everywhere.isdigit() and int(everywhere) > int(here) and launcher.isdigit():
-        time.sleep(SAYING_S)
+        let_hear()
         with contextlib.suppress(OSError):
             os.write(int(launcher), b"cmd=abort exitcode=%d\n" % code)
+
+
+def let_hear(stream: int = 2) -> None:
+    """Waits until what was written to `stream` has been read, where that is a pipe, for HEARING_S at most.
+
+    A launcher that is asked to end the run may do so before it looks at what its processes have said last.
+    """
+    deadline = time.monotonic() + HEARING_S
+    with contextlib.suppress(OSError):
+        piped = stat.S_ISFIFO(os.fstat(stream).st_mode)
+        while piped and any(fcntl.ioctl(stream, termios.FIONREAD, bytes(4))) and time.monotonic() < deadline:
+            time.sleep(0.005)
 
 
 def _end_host() -> None:

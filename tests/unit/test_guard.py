@@ -6,11 +6,14 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from hpcdit.guard import HEARING_S, let_hear
 
 ROOT = Path(__file__).resolve().parents[2]
 MPIRUN = shutil.which("mpirun", path=f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}")
@@ -222,3 +225,30 @@ def test_the_guard_imports_nothing_large() -> None:
     code = f"import sys, hpcdit.guard; print(sorted({large} & set(sys.modules)))"
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True, check=True)
     assert result.stdout.strip() == "[]"
+
+
+def test_what_was_said_is_heard_before_a_launcher_is_asked_to_end_the_run() -> None:
+    read, write = os.pipe()
+    os.write(write, b"why the run ends\n")
+    reader = threading.Timer(0.2, os.read, (read, 100))
+    begin = time.monotonic()
+    reader.start()
+    let_hear(write)
+    assert 0.15 < time.monotonic() - begin < HEARING_S / 2
+    reader.join()
+    let_hear(write)  # nothing is left
+    assert time.monotonic() - begin < HEARING_S / 2
+    os.write(write, b"to nobody\n")
+    let_hear(write)
+    assert time.monotonic() - begin > HEARING_S
+    for end in (read, write):
+        os.close(end)
+
+
+def test_nobody_is_waited_for_where_output_goes_to_a_file_or_nowhere(tmp_path: Path) -> None:
+    begin = time.monotonic()
+    with (tmp_path / "log").open("w") as file:
+        file.write("said")
+        let_hear(file.fileno())
+    let_hear(999)
+    assert time.monotonic() - begin < HEARING_S / 2
