@@ -30,10 +30,15 @@ def frames(start: Start, folder: Path, name: str, *args: str) -> list[np.ndarray
     return [h5py.File(path)["frames"][:].astype(np.int16) for path in paths]
 
 
-def assert_near(found: list[np.ndarray], wanted: list[np.ndarray], levels: int, share: float = 1.0) -> None:
+def assert_near(found: list[np.ndarray], wanted: list[np.ndarray], levels: int) -> None:
     for ours, theirs in zip(found, wanted, strict=True):
         off = np.abs(ours - theirs)
-        assert (off <= levels).mean() >= share, f"{(off > levels).mean():.2%} differ by more, at worst {off.max()}"
+        assert (off <= levels).all(), f"{(off > levels).mean():.2%} differ by more, at worst {off.max()}"
+
+
+def distance(found: list[np.ndarray], wanted: list[np.ndarray]) -> float:
+    """Levels by which the values of all videos differ, on average."""
+    return float(np.mean([np.abs(ours - theirs).mean() for ours, theirs in zip(found, wanted, strict=True)]))
 
 
 @one_gpu
@@ -44,21 +49,37 @@ def test_one_gpu_gives_the_frames_of_the_cpu(tmp_path: Path, how: tuple[str, ...
     assert "device: NVIDIA" in (tmp_path / "gpu" / "run.log").read_text()
 
 
+TWO = ("model.device=cuda", *PLAIN)
+PLACES = (("near", ()), ("far", ("cluster.ranks_per_node=1",)))
+
+
+def together(layout: str) -> tuple[str, ...]:
+    return ("parallel.replicas=1", "parallel.cfg=1", f"parallel.method={layout}")
+
+
 @two_gpus
-@pytest.mark.parametrize(("dtype", "levels", "share"), [("float32", 1, 1.0), ("bfloat16", 2, 0.999)])
 @pytest.mark.parametrize("layout", ["torus", "ring", "ulysses"])
-def test_two_gpus_give_the_frames_of_one(layout: str, dtype: str, levels: int, share: float, tmp_path: Path) -> None:
-    common = (f"model.dtype={dtype}", "model.device=cuda", *PLAIN)
-    together = ("parallel.replicas=1", "parallel.cfg=1", f"parallel.method={layout}")
-    one = frames(None, tmp_path, "one", *common)
-    for name, more in (("near", ()), ("far", ("cluster.ranks_per_node=1",))):
-        two = frames(2, tmp_path, name, *common, *together, *more)
+def test_two_gpus_give_the_frames_of_one(layout: str, tmp_path: Path) -> None:
+    one = frames(None, tmp_path, "one", *TWO)
+    for name, more in PLACES:
+        two = frames(2, tmp_path, name, *TWO, *together(layout), *more)
         assert "nvshmem" in (tmp_path / name / "run.log").read_text()
-        assert_near(two, one, levels, share)
+        assert_near(two, one, levels=1)
+
+
+@two_gpus
+@pytest.mark.parametrize("layout", ["torus", "ring", "ulysses"])
+def test_in_bfloat16_two_gpus_are_as_near_to_one_as_bfloat16_is_to_float32(layout: str, tmp_path: Path) -> None:
+    """What rounding alone does to a video, its model decides: the demo's may move an edge by pixels."""
+    exact, one = (frames(None, tmp_path, dtype, *TWO, f"model.dtype={dtype}") for dtype in ("float32", "bfloat16"))
+    rounding = distance(one, exact)
+    for name, more in PLACES:
+        two = frames(2, tmp_path, name, *TWO, "model.dtype=bfloat16", *together(layout), *more)
+        print(f"{layout}, {name}: {distance(two, one):.3f} levels on average; bfloat16 against float32 {rounding:.3f}")
+        assert distance(two, one) <= 2 * rounding
 
 
 @two_gpus
 def test_gpus_without_nvshmem_go_through_the_host(tmp_path: Path) -> None:
-    together = ("parallel.replicas=1", "parallel.cfg=1", "transport.kind=mpi", *PLAIN)
-    wanted = frames(None, tmp_path, "one", "model.device=cuda", *PLAIN)
-    assert_near(frames(2, tmp_path, "two", "model.device=cuda", *together), wanted, levels=1)
+    wanted = frames(None, tmp_path, "one", *TWO)
+    assert_near(frames(2, tmp_path, "two", *TWO, *together("torus"), "transport.kind=mpi"), wanted, levels=1)
