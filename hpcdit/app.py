@@ -11,6 +11,7 @@ from .config import Config, load
 from .errors import BrokenRun, InputError, Stopped
 from .guard import launched_rank
 from .stop import StopRequest
+from .terminal import say
 
 if TYPE_CHECKING:
     from .cluster import World
@@ -29,11 +30,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         world = World()
     except InputError as error:  # the same on all ranks
         if launched_rank() == 0:
-            print(f"hpcdit: {error}", file=sys.stderr, flush=True)
+            say(f"hpcdit: {error}")
         return error.exit_code
     except (ImportError, RuntimeError) as error:  # perhaps on this one alone: its guard then ends the others
         line = f"MPI cannot be started: {error}; load your site's MPI, or `pip install mpich`"
-        print(f"hpcdit: rank {launched_rank()}: {line}", file=sys.stderr, flush=True)
+        say(f"hpcdit: rank {launched_rank()}: {line}")
         return InputError.exit_code if "PMI_RANK" not in os.environ else BrokenRun.exit_code
 
     def whole() -> int:
@@ -74,7 +75,7 @@ def plan(argv: Sequence[str]) -> int:
     config = load(argv)
     if config is None:
         return OK
-    print(report(config))
+    say(report(config), sys.stdout)
     return OK
 
 
@@ -109,5 +110,5 @@ def _say(body: Callable[[], int], first: bool) -> int:
         return body()
     except (InputError, Stopped) as error:
         if first:
-            print(f"hpcdit: {error}", file=sys.stderr, flush=True)
+            say(f"hpcdit: {error}")
         return error.exit_code

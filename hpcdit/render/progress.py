@@ -13,8 +13,23 @@ import numpy as np
 from ..errors import BrokenRun
 from ..output.store import Index
 from ..output.trace import EVENT
+from ..terminal import say
 
 LINE_S = 5.0  # between two progress lines where the output is not a terminal
+
+
+class LogFile(logging.FileHandler):
+    """A file that may be on a full disk: what cannot be written is told once, and the run goes on."""
+
+    _told = False
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            super().handleError(record)
+        elif not self._told:
+            self._told = True
+            say(f"hpcdit: {self.baseFilename}: cannot be written: {error.strerror}")
 
 
 def open_log(path: Path) -> logging.Logger:
@@ -22,7 +37,7 @@ def open_log(path: Path) -> logging.Logger:
     log = logging.getLogger(f"hpcdit.run.{path}")
     log.setLevel(logging.INFO)
     log.propagate = False
-    handler = logging.FileHandler(path, encoding="utf-8")
+    handler = LogFile(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(message)s", "%Y-%m-%d %H:%M:%S"))
     log.handlers = [handler]
     return log
@@ -115,12 +130,12 @@ class Report:
         there = f" ({self._there} were there)" if self._there else ""
         line = f"{self._done}/{len(self._work)} videos{there}, {what}, {clock(left)} left"
         if self._terminal:
-            print(f"\r{line:<78.110}", end="", file=sys.stderr, flush=True)
+            say(f"\r{line:<78.110}", end="")
         else:
-            print(line, file=sys.stderr, flush=True)
+            say(line)
 
     def _print(self, line: str) -> None:
-        print(("\n" if self._terminal else "") + line, file=sys.stderr, flush=True)
+        say(("\n" if self._terminal else "") + line)
 
     def close(self) -> None:
         """Writes the index; leaves the moving line, so that what follows has its own."""
@@ -128,7 +143,7 @@ class Report:
             self._index.write(self.events)
         self.log.info("videos took %.1f s, after %.1f s of loading", time.monotonic() - self._start, self._loading)
         if self._terminal and self._shown:
-            print(file=sys.stderr, flush=True)
+            say("")
 
     @property
     def _loading(self) -> float:

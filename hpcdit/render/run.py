@@ -25,6 +25,7 @@ from ..output.trace import EVENT, Trace
 from ..planner.presets import to_keys
 from ..planner.reasons import seconds
 from ..stop import StopRequest
+from ..terminal import say
 from ..transport import Network
 from ..transport.heap import HEAP_BYTES
 from .batch import Batch, output_folder
@@ -221,4 +222,4 @@ def _summary(folder: Path, report: Report, there: int) -> None:
         report.failed
     )
     report.log.info(text)
-    print(f"hpcdit: {text}: {folder / 'videos'}", flush=True)
+    say(f"hpcdit: {text}: {folder / 'videos'}", sys.stdout)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from hpcdit.config import demo_model
-from tests.system.program import Running, alive, finished, prompts, run, statuses
+from tests.system.program import ENV, Running, alive, finished, prompts, run, statuses
 
 TOGETHER = ("parallel.replicas=1", "parallel.cfg=1")  # all ranks at one video: what is left to the planner varies
 QUICK = (*TOGETHER, "sampling.steps=2", "sampling.num_frames=5", "sampling.max_sequence_length=16")
@@ -26,6 +26,17 @@ def test_one_process_renders_without_mpirun(tmp_path: Path) -> None:
     assert ended.returncode == 0, ended.stderr
     assert len(finished(tmp_path / "out")) == 2
     assert {path.name for path in tmp_path.iterdir()} == {"p.txt", "out"}, "nothing else is made"
+
+
+def test_a_reader_that_goes_away_ends_nothing(tmp_path: Path) -> None:
+    file = prompts(tmp_path / "p.txt", CAPTIONS[:2])
+    command = ["python", "-m", "hpcdit", f"prompts={file}", "output.dir=out", *QUICK]
+    with subprocess.Popen(command, cwd=tmp_path, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as program:
+        assert program.stdout is not None
+        program.stdout.readline()
+        program.stdout.close()
+        assert program.wait(100) == 0
+    assert len(finished(tmp_path / "out")) == 2
 
 
 def test_a_run_leaves_videos_index_and_log_that_h5py_alone_reads(tmp_path: Path) -> None:

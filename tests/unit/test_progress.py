@@ -29,3 +29,10 @@ def test_the_line_shows_what_every_group_is_at(
         "1/3 videos, a +1 step 4/4",
     ]
     assert report.done == 1
+
+
+def test_a_full_disk_is_told_once_and_the_run_goes_on(capsys: pytest.CaptureFixture[str]) -> None:
+    log = progress.open_log(Path("/dev/full"))
+    log.info("one")
+    log.info("two")
+    assert capsys.readouterr().err == "hpcdit: /dev/full: cannot be written: No space left on device\n"
