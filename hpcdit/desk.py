@@ -14,6 +14,7 @@ import numpy as np
 from mpi4py import MPI
 
 from .group import Group
+from .service import IDLE_S
 
 NOTE, QUESTION, ANSWER, BELL = range(4)  # tags
 
@@ -39,7 +40,7 @@ class Desk:
             self._take, self._open = answer, True
             self._world.service.add(self._serve)
 
-    def _serve(self) -> bool:
+    def _serve(self) -> float:
         """Takes what has come, on the service thread of rank 0."""
         with self._taking:
             self._answers = [entry for entry in self._answers if not entry[0].Test()]
@@ -52,7 +53,7 @@ class Desk:
                 if tag == QUESTION:
                     data = _packed(answer)
                     self._answers.append((self._comm.Isend([data, MPI.BYTE], source, ANSWER), data))
-        return False
+        return IDLE_S
 
     def _send(self, note: Any, tag: int) -> None:
         data = _packed(note)

@@ -15,6 +15,7 @@ import torch
 
 from ..cluster import Cluster
 from ..errors import InputError
+from ..service import BUSY_S, IDLE_S
 from .base import Exchange, Pattern, Place, Transfer, Transport, probe
 from .wires import Memory, PersistentWire, RmaWire, Wire, one_sided
 
@@ -102,19 +103,22 @@ class MpiExchange(Exchange):
             self._transport.traffic.inter += self._pattern.nbytes(place)
             self._wire.start(t, number % self.SETS, number)
 
-    def _poll(self) -> bool:
-        """Makes progress; what arrived becomes readable for this node, and goes on to where it is wanted next."""
+    def _poll(self) -> float:
+        """Makes progress; what arrived becomes readable for this node, and goes on to where it is wanted next.
+
+        Returns the seconds until the next poll, see Service.
+        """
         if not self._lock.acquire(blocking=False):
-            return True  # the other thread is at it
+            return BUSY_S  # the other thread is at it
         try:
             if self._wire is None:  # closed, and the service thread had not heard yet
-                return False
+                return IDLE_S
             for t, number in self._wire.poll():
                 self._memory.sync()
                 self._count[t.target.rank][t.target.block] = number
                 if t.target in self._onward:
                     self._start(t.target, number)
-            return self._wire.busy()
+            return self._wire.patience()
         finally:
             self._lock.release()
 

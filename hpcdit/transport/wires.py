@@ -1,6 +1,7 @@
 """Symmetric memory in MPI windows, and the two ways in which blocks travel between nodes."""
 
 import heapq
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import TypeVar
@@ -11,11 +12,13 @@ from mpi4py import MPI
 from ..cluster import Cluster
 from ..group import Group
 from ..heartbeats import array
+from ..service import BUSY_S, EXPECTING_S, IDLE_S
 from .base import Exchange, Pattern, Place, Transfer
 
 # Bytes of a message: few enough that MPI sends it without asking its receiver, enough that a part is worth its calls.
 PART = 1 << 17
 AHEAD = 4  # parts of a transfer that are expected at the same time
+RECENTLY_S = 10e-3  # when a part came so lately, another one is on its way
 
 
 class Window:
@@ -135,8 +138,8 @@ class Wire(ABC):
         """Whether blocks of this rank are still to leave its memory."""
 
     @abstractmethod
-    def busy(self) -> bool:
-        """Whether anything is under way that wants frequent polls."""
+    def patience(self) -> float:
+        """Seconds until the next poll, see Service."""
 
     @abstractmethod
     def close(self) -> None: ...
@@ -170,6 +173,7 @@ class PersistentWire(Wire):
         # Of each transfer the part that comes next; parts of one transfer come in their order.
         self._receiving: list[tuple[MPI.Request, tuple[Transfer, int, int, int]]] = []
         self._sending = Window(window, self._parts, self._send)
+        self._moved = 0.0  # when a part came last
 
     @staticmethod
     def _cut(block: np.ndarray) -> list[np.ndarray]:
@@ -198,6 +202,7 @@ class PersistentWire(Wire):
         self._sending.poll()
         arrived = []
         for _, (transfer, which, part, number) in done(self._receiving):
+            self._moved = time.monotonic()
             requests = self._requests[transfer, which]
             if part + AHEAD < len(requests):
                 requests[part + AHEAD].Start()
@@ -210,8 +215,10 @@ class PersistentWire(Wire):
     def leaving(self) -> bool:
         return bool(self._sending)
 
-    def busy(self) -> bool:
-        return bool(self._sending or self._receiving)
+    def patience(self) -> float:
+        if self._sending or time.monotonic() - self._moved < RECENTLY_S:
+            return BUSY_S
+        return EXPECTING_S if self._receiving else IDLE_S
 
     def close(self) -> None:
         for requests in self._requests.values():
@@ -268,8 +275,9 @@ class RmaWire(Wire):
         # A reader's get may come later: two buffer sets keep the block until then. Only the flags must be out.
         return bool(self._flagging)
 
-    def busy(self) -> bool:
-        return bool(self._flagging or self._expected or self._getting)
+    def patience(self) -> float:
+        # While a rank expects blocks others read its own, and an MPI that emulates that needs this rank's progress.
+        return BUSY_S if self._flagging or self._expected or self._getting else IDLE_S
 
     def close(self) -> None:
         self._flags.close()
