@@ -71,16 +71,26 @@ def write_video(
 
 def read_record(path: Path) -> VideoRecord:
     """The record of a video. ValueError: the file is not ours or is damaged; OSError: as `open` raises it."""
+    return read_video(path)[0]
+
+
+def read_video(path: Path) -> tuple[VideoRecord, float]:
+    """The record of a video, and the seconds that its trace covers, 0 where it has none. Raises as read_record does.
+
+    HDF5 reads through Python's file and so takes no lock: a file never changes once it has its name, and where there
+    are no locks (some network file systems) HDF5 would refuse to open it, whatever h5py's `locking` says, if
+    HDF5_USE_FILE_LOCKING is set.
+    """
     with open(path, "rb") as plain:
         if plain.read(8) != b"\x89HDF\r\n\x1a\n":
             raise ValueError(f"{path}: not an HDF5 file")
-    try:
-        with _open(path) as file:
-            if (schema := _attribute(file, "schema", str)) != SCHEMA:
-                raise ValueError(f"its schema is {schema!r}, not {SCHEMA!r}")
-            return _read_record(file)
-    except _DAMAGE as error:
-        raise ValueError(f"{path}: not a whole hpcdit video: {error}") from error
+        try:
+            with h5py.File(plain, "r") as file:
+                if (schema := _attribute(file, "schema", str)) != SCHEMA:
+                    raise ValueError(f"its schema is {schema!r}, not {SCHEMA!r}")
+                return _read_record(file), _seconds(file)
+        except _DAMAGE as error:
+            raise ValueError(f"{path}: not a whole hpcdit video: {error}") from error
 
 
 def software(mpi: str = "") -> dict[str, str]:
@@ -135,43 +145,12 @@ class Index:
         self._due = end + max(self.every, 20 * (end - start))
 
 
-def rebuild(output_dir: Path, jobs: Iterable[Row] = ()) -> Index:
-    """The index of `output_dir` as its videos say, not yet written.
-
-    A job is done if its file is whole, failed if its file is not, else as given. Files that are nobody's job
-    follow in the order of their names. The seconds of a video are what its trace covers.
-    """
-    jobs = tuple(jobs)
-    known = {job.id: job for job in jobs}
-    found: dict[str, Row] = {}
-    for path in sorted((Path(output_dir) / "videos").glob("[!.]*.h5")):
-        found[path.stem] = _judge(path, known.get(path.stem, Row(0, path.stem, "", 0)))
-    ahead = [found.pop(job.id, job) for job in jobs]
-    last = max((job.index for job in jobs), default=-1)
-    return Index(output_dir, ahead + [replace(row, index=last + i) for i, row in enumerate(found.values(), 1)])
-
-
-def _judge(path: Path, job: Row) -> Row:
-    try:
-        record = read_record(path)
-    except (ValueError, OSError) as error:
-        return replace(job, status="failed", reason=str(error))
-    seconds = _seconds(path)
-    return replace(job, prompt=record.prompt, seed=record.seed, status="done", seconds=seconds, reason="")
-
-
-def _seconds(path: Path) -> float:
+def _seconds(file: h5py.File) -> float:
     """The time from the first start to the last end in the trace; 0 where there is none."""
-    with suppress(*_DAMAGE), _open(path) as file:
+    with suppress(*_DAMAGE):
         events = file["trace/events"][:]
         return float(events["end"].max() - events["start"].min())
     return 0.0
-
-
-def _open(path: Path) -> h5py.File:
-    """For reading, without HDF5's lock: a file never changes once it has its name, so there is nothing to
-    lock out, and on network file systems without locks (Lustre, some NFS) HDF5 would refuse to open it."""
-    return h5py.File(path, "r", locking=False)
 
 
 def _create(image: io.BytesIO) -> h5py.File:

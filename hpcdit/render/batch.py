@@ -7,7 +7,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -15,13 +15,14 @@ from ..config import Config, Sampling, demo_model, demo_prompts, resolve_samplin
 from ..errors import InputError
 from ..models.loading import ModelFolder, ModelShape, inspect, shape
 from ..output import atomic
-from ..output.store import VideoRecord, read_record
+from ..output.catalog import NAME as CATALOG
+from ..output.catalog import Catalog, Entry
 from ..planner.search import legal
 from .manifest import Job, estimate_bytes, fits, partition, read
 from .plan import fixed, workload
 
 LOCK = ".lock"
-FILES = (LOCK, "run.log", "job.h5")  # what a run writes beside the videos
+FILES = (LOCK, "run.log", "job.h5", CATALOG)  # what a run writes beside the videos
 
 
 @dataclass(frozen=True)
@@ -34,9 +35,12 @@ class Batch:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON's types, for the other ranks."""
-        values = asdict(self)
-        values["folder"]["path"] = str(self.folder.path)
-        return values
+
+        def rows(jobs: Sequence[Job]) -> list[dict[str, Any]]:  # ten thousand: asdict takes ten times as long
+            return [{**vars(job), "sampling": vars(job.sampling)} for job in jobs]
+
+        folder = {**vars(self.folder), "path": str(self.folder.path)}
+        return {"folder": folder, "todo": rows(self.todo), "done": rows(self.done)}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Batch":
@@ -57,7 +61,10 @@ class Batch:
 
 
 def prepare(config: Config, nodes: Sequence[int]) -> Batch:
-    """Reads and checks prompts, model folder, sizes, layout and output folder. Raises InputError; leaves no trace."""
+    """Reads and checks prompts, model folder, sizes, layout and output folder. Raises InputError.
+
+    Leaves no trace, but lines in the catalog for videos that had none.
+    """
     folder = inspect(Path(config.model.path) if config.model.path else demo_model())
     defaults, model = resolve_sampling(config, folder.family), shape(folder)
     jobs = read(Path(config.prompts) if config.prompts else demo_prompts(), defaults)
@@ -71,19 +78,16 @@ def prepare(config: Config, nodes: Sequence[int]) -> Batch:
 
 def resume(config: Config, folder: ModelFolder, jobs: Sequence[Job]) -> tuple[tuple[Job, ...], tuple[Job, ...]]:
     """(todo, done): a job is done if its file holds what is asked for. Raises InputError if it holds anything else."""
-    videos, found = Path(config.output.dir) / "videos", dict[str, VideoRecord]()
-    try:
-        there = {name for name in os.listdir(videos) if name.endswith(".h5")}
-    except OSError:
-        there = set()
+    videos, found = Path(config.output.dir) / "videos", dict[str, Entry]()
+    catalog = Catalog(Path(config.output.dir))
     for job in jobs:
-        if f"{job.id}.h5" not in there:
+        if job.id not in catalog.files:
             continue
         path = videos / f"{job.id}.h5"
         if not config.resume:
             raise InputError(f"resume=false: {path} exists; allowed: another output.dir, or resume=true to keep it")
         try:
-            found[job.id] = read_record(path)
+            found[job.id] = catalog.entry(job.id)
         except (ValueError, OSError) as error:
             raise InputError(f"{error}; remove it to have it rendered again") from None
         theirs = found[job.id].model.get("fingerprint")
@@ -92,21 +96,13 @@ def resume(config: Config, folder: ModelFolder, jobs: Sequence[Job]) -> tuple[tu
                 f"{path} was made by another model ({found[job.id].model.get('name')}, weights {str(theirs)[:12]}) than"
                 f" is asked for now ({folder.path}, weights {folder.fingerprint[:12]}); allowed: another output.dir"
             )
-    keys = {
-        name: {
-            "prompt": record.prompt,
-            "negative_prompt": record.negative_prompt,
-            "sampling": record.sampling,
-        }
-        for name, record in found.items()
-    }
-    for name, record in found.items():
-        if (theirs := record.model.get("dtype")) != config.model.dtype:
+    for name, entry in found.items():
+        if (theirs := entry.model.get("dtype")) != config.model.dtype:
             raise InputError(
                 f"model.dtype={config.model.dtype}: the finished {videos / name}.h5 was made in {theirs}; allowed:"
                 f" {theirs}, or another output.dir"
             )
-    done, todo = partition(jobs, keys)
+    done, todo = partition(jobs, {name: entry.key() for name, entry in found.items()})
     return todo, done
 
 

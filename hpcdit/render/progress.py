@@ -71,7 +71,7 @@ class Report:
         self._index, self.log, self._work = index, log, work
         self.events = np.empty(0, EVENT)  # the job's own trace
         self._there, self._done, self._failed = there, 0, 0
-        self._steps, self._shown = 0, 0.0
+        self._all_steps, self._steps, self._shown = sum(work.values()), 0, 0.0
         self._opened = self._start = time.monotonic()  # the start is set anew when the first video begins
         self._terminal = sys.stderr.isatty()
         self._at: dict[int, str] = {}  # what each group is at
@@ -125,8 +125,7 @@ class Report:
         if not now and not self._terminal and elapsed - self._shown < LINE_S:
             return
         self._shown = elapsed
-        total = sum(self._work.values())
-        left = elapsed / self._steps * (total - self._steps) if self._steps else 0.0
+        left = elapsed / self._steps * (self._all_steps - self._steps) if self._steps else 0.0
         there = f" ({self._there} were there)" if self._there else ""
         line = f"{self._done}/{len(self._work)} videos{there}, {what}, {clock(left)} left"
         if self._terminal:

@@ -19,8 +19,9 @@ from ..errors import BrokenRun, Stopped
 from ..mesh import Mesh
 from ..models import adapter_of
 from ..models.base import Adapter
+from ..output.catalog import rebuild
 from ..output.record import Row, VideoRecord
-from ..output.store import rebuild, software
+from ..output.store import software
 from ..output.trace import EVENT, Trace
 from ..planner.presets import to_keys
 from ..planner.reasons import seconds

@@ -14,7 +14,7 @@ import torch
 from ..device import Device
 from ..errors import BrokenRun, VideoError
 from ..models.base import Adapter
-from ..output import media
+from ..output import catalog, media
 from ..output.record import VideoRecord
 from ..output.store import write_video
 from ..output.trace import Trace
@@ -118,7 +118,9 @@ class Finisher:
         path = self._folder / f"{video.job.id}.h5"
         if self._video == "mp4":  # first: the HDF5 file says that the video is done
             media.write_mp4(path.with_suffix(".mp4"), frames, video.job.sampling.fps)
-        write_video(path, frames, self._record(video.job, video.plan), events, self._compression)
+        record = self._record(video.job, video.plan)
+        write_video(path, frames, record, events, self._compression)
+        catalog.note(path, record, time.perf_counter() - video.started)
 
     def close(self) -> None:
         self._pool.shutdown()

@@ -18,7 +18,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hpcdit.output import store
+from hpcdit.output import catalog, store
 from hpcdit.output.record import Row, VideoRecord
 from hpcdit.output.trace import EVENT
 from tests.require import needs
@@ -302,7 +302,7 @@ LIMITED = """
 import os, resource, sys
 from pathlib import Path
 import numpy as np
-from hpcdit.output import store
+from hpcdit.output import catalog, store
 from tests.unit.test_store import EVENTS, RECORD
 
 folder, frames = Path(sys.argv[1]), np.random.default_rng(0).integers(0, 256, (9, 32, 32, 3), dtype=np.uint8)
@@ -442,7 +442,7 @@ def test_an_index_of_10000_jobs_is_written_in_under_a_second_and_is_whole(tmp_pa
 def test_the_index_is_rebuilt_from_the_videos_alone(video: Path) -> None:
     folder = video.parents[1]
     store.write_video(video.with_name("b.h5"), FRAMES, replace(RECORD, id="b", seed=2**64 - 1), EVENTS[:0])
-    store.rebuild(folder).write()
+    catalog.rebuild(folder).write()
     assert rows_of(folder) == [
         (0, "a-red-circle", "a red circle", 7, "done", 3.25, ""),
         (1, "b", "a red circle", 2**64 - 1, "done", 0.0, ""),
@@ -454,7 +454,7 @@ def test_a_rebuilt_index_keeps_the_order_of_the_jobs_and_knows_what_is_missing_o
     for name in ("broken", "stranger"):
         (video.parent / f"{name}.h5").write_bytes(video.read_bytes()[: -1 if name == "broken" else None])
     (video.parent / ".hpcdit-x.part.h5").write_bytes(b"half")
-    index = store.rebuild(folder, jobs("missing", "broken", "a-red-circle"))
+    index = catalog.rebuild(folder, jobs("missing", "broken", "a-red-circle"))
     assert [(row.index, row.id, row.status) for row in index.rows] == [
         (0, "missing", "pending"),
         (1, "broken", "failed"),
@@ -465,7 +465,7 @@ def test_a_rebuilt_index_keeps_the_order_of_the_jobs_and_knows_what_is_missing_o
 
 
 def test_the_index_of_an_empty_folder_is_empty(tmp_path: Path) -> None:
-    store.rebuild(tmp_path).write()
+    catalog.rebuild(tmp_path).write()
     assert rows_of(tmp_path) == []
 
 
