@@ -17,6 +17,17 @@ from hpcdit.transport.base import Transport
 UNTIMED = Spans(None, lambda: 0.0)
 
 
+def unprojected(v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """An x and a linear layer's weight and bias that make v, [B, tokens, H, D], of it; each row has its effect."""
+    whole = v.flatten(2)
+    width = whole.shape[2]
+    bias = torch.linspace(-1, 1, width, dtype=torch.float64).to(v)
+    order = torch.arange(width, device=v.device).roll(width // 2)
+    x = torch.empty_like(whole)
+    x[..., order] = whole - bias
+    return x, torch.eye(width, dtype=v.dtype, device=v.device)[order], bias
+
+
 @dataclass(frozen=True)
 class Case:
     """A method on ulysses x ring ranks, and the layer's shape."""
@@ -68,7 +79,10 @@ class Case:
             q, k, v = self.tensors(layer, dtype)[:, :, tokens.start : tokens.stop]
             own = {"q": q, "k": k, "v": v}
             for name in attention.tensors:
-                attention.publish(name, own[name])
+                if name == "v" and layer % 2:
+                    attention.project(name, *unprojected(v))
+                else:
+                    attention.publish(name, own[name])
             out = attention.attend()
             reference = self.reference(layer)
             errors = [out.double() - reference[:, tokens.start : tokens.stop]]

@@ -30,7 +30,7 @@ class SequenceParallel:
         self._gather: Gather | None = None
         self._transport, self._kernels, self._spans = transport, kernels, spans
         self.tensors, self.publish = self._attention.tensors, self._attention.publish
-        self.attend = self._attention.attend
+        self.project, self.attend = self._attention.project, self._attention.attend
 
     def gather(self, x: torch.Tensor) -> torch.Tensor:
         """All ranks' tokens of x [B, tokens, C], on every rank: [B, L, C]."""

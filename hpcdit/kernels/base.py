@@ -13,6 +13,8 @@ Blocks = Sequence[tuple[range, torch.Tensor]]  # heads, and where they go: [toke
 class Kernels(Protocol):
     """See `kernels.cpu` for the meaning of each."""
 
+    LEAST_PART: int
+
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]: ...
 
     def merge(

@@ -4,6 +4,8 @@ import torch
 
 from .base import Blocks, Norm, Tables
 
+LEAST_PART = 0  # numbers of a part of a matrix product that is worth a call of its own: it saves the part's copy
+
 
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of all of q to all of k, v, with the log-sum-exp of its scores.

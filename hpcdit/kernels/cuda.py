@@ -21,6 +21,7 @@ from .cuda_source import MAX_BLOCKS, SOURCE
 BACKENDS = ("auto", "fa3", "cudnn", "flash")
 THREADS = 256  # a thread block, where nothing else decides
 VECTOR = 16  # bytes, the widest load or store of a thread
+LEAST_PART = 1 << 24  # as in kernels.cpu; below, each part's last tiles leave SMs idle for longer than a copy takes
 Grid = tuple[int, ...]
 Partial = tuple[Tensor, Tensor]
 

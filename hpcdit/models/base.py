@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 class Sequence(Protocol):
     """Attention over the tokens of one video that are shared out among the ranks of a group.
 
-    Each layer is one round: three times `publish`, then `attend`. All ranks go through the same rounds.
+    Each layer is one round: three times `publish` or `project`, then `attend`. All ranks go through the same rounds.
     """
 
     @property
@@ -32,6 +32,9 @@ class Sequence(Protocol):
 
         norm, tables: an RMS norm and a rotary embedding that it gets on its way.
         """
+
+    def project(self, name: str, x: "Tensor", weight: "Tensor", bias: "Tensor") -> None:
+        """As `publish` of what a linear layer makes of x, [B, tokens, C]; weight: [H * D, C], bias: [H * D]."""
 
     def attend(self) -> "Tensor":
         """The attention of this rank's queries to all keys: [B, tokens, H, D]."""

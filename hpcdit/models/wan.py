@@ -66,11 +66,11 @@ class Split:
     ) -> Tensor:
         """Self-attention of [B, tokens, C]: WanAttnProcessor's steps, each part published at once."""
         for name in self.sequence.tensors:
-            x = getattr(attn, f"to_{name}")(hidden_states).unflatten(2, (attn.heads, -1))
+            layer = getattr(attn, f"to_{name}")
             if name == "v":
-                self.sequence.publish(name, x)
+                self.sequence.project(name, hidden_states, layer.weight, layer.bias)
             else:
-                norm = getattr(attn, f"norm_{name}")
+                x, norm = layer(hidden_states).unflatten(2, (attn.heads, -1)), getattr(attn, f"norm_{name}")
                 self.sequence.publish(name, x, (norm.weight, norm.eps), rotary_emb)
         out = self.sequence.attend().flatten(2).type_as(hidden_states)
         for layer in attn.to_out:

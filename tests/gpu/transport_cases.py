@@ -28,6 +28,7 @@ from hpcdit.kernels import cpu
 from hpcdit.mesh import cut
 from hpcdit.transport.base import Pattern, Place, Transfer
 from hpcdit.transport.nvshmem import NvshmemTransport, finish, start
+from tests.attention_cases import unprojected
 
 HEAP = 2 << 30
 LIMIT_S = 90  # of a case; then it says where every thread stands
@@ -78,7 +79,7 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Ten
     return out.to(q.dtype), lse[..., 0].permute(2, 0, 1)
 
 
-PLAIN: Any = SimpleNamespace(attend=attend, merge=cpu.merge, embed=cpu.embed)
+PLAIN: Any = SimpleNamespace(attend=attend, merge=cpu.merge, embed=cpu.embed, LEAST_PART=0)
 
 
 # Blocks
@@ -188,7 +189,10 @@ class Layers:
         if sleeps:
             torch.cuda._sleep(NAP_CYCLES)
         for name in self.attention.tensors:
-            self.attention.publish(name, own["qkv".index(name)])
+            if name == "v" and self.rounds % 2:
+                self.attention.project(name, *unprojected(own[2]))
+            else:
+                self.attention.publish(name, own["qkv".index(name)])
         if self.late and not sleeps:
             torch.cuda._sleep(NAP_CYCLES // 3)
         return self.attention.attend()

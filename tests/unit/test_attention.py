@@ -61,6 +61,7 @@ def test_the_drawn_cases_cover_every_method() -> None:
 class Hurried:
     """Kernels by which rank 0 has published layer 1 before rank 1 reads rank 0's k and v of layer 0."""
 
+    LEAST_PART = cpu.LEAST_PART
     merge, embed, to_uint8 = staticmethod(cpu.merge), staticmethod(cpu.embed), staticmethod(cpu.to_uint8)
 
     def __init__(self, rank: int, published: Event) -> None:

@@ -82,8 +82,13 @@ class Member:
         self.published[name] = block.transpose(0, 1)
         self.order.append(name)
 
+    def project(self, name: str, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> None:
+        self.published[name] = F.linear(x, weight, bias)
+        self.order.append(name)
+
     def attend(self) -> torch.Tensor:
         q, k, v = (self.published.pop(name) for name in "qkv")
+        v = v.unflatten(2, k.shape[2:])
         if self.group.exchange:
             k, v = (self.group.all_tokens(self.rank, x) for x in (k, v))
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))

@@ -45,6 +45,7 @@ class PacedKernels:
         self._returned = time.perf_counter()
         return out, lse
 
+    LEAST_PART = cpu.LEAST_PART
     embed, to_uint8 = staticmethod(cpu.embed), staticmethod(cpu.to_uint8)
 
     def merge(
