@@ -22,7 +22,6 @@ from .service import Service
 T = TypeVar("T")
 
 NAP_S = 50e-6, 1e-3  # first and longest nap of a wait
-SWAP = 78  # tag
 
 
 def split(comm: MPI.Comm, color: int, key: int) -> MPI.Intracomm:
@@ -70,9 +69,19 @@ class Group:
             raise ValueError(f"{self.size} ranks cannot be cut into {count} parts of one size")
         each = self.size // count
         first = self.rank // each * each
+        return self._some(range(first, first + each))
+
+    def across(self, count: int) -> "Group":
+        """This rank, and those at the same place of each other part, where the ranks are cut as for `part`."""
+        each = self.size // count
+        return self._some(range(self.rank % each, self.size, each))
+
+    def _some(self, ranks: range) -> "Group":
+        """The group of `ranks`, one of which this is; all others are in a group at the same time."""
         with self.blocking("the groups"):
-            comm = split(self.comm, first, self.rank)
-        return Group(comm, self.members[first : first + each], self.hosts[first : first + each], self._life)
+            comm = split(self.comm, ranks.start, self.rank)
+        chosen = slice(ranks.start, ranks.stop, ranks.step)
+        return Group(comm, self.members[chosen], self.hosts[chosen], self._life)
 
     def close(self) -> None:
         """Collective over the group."""
@@ -127,17 +136,6 @@ class Group:
 
     def barrier(self, what: str) -> None:
         self.complete(self.comm.Ibarrier, range(self.size), what)
-
-    def swap(self, mine: np.ndarray, peer: int, what: str) -> np.ndarray:
-        """The array that `peer` gives as this rank gives `mine`: of the same size, as bytes are all that is seen."""
-        theirs = np.empty_like(mine)
-        with self.talking(what):
-            requests = [
-                self.comm.Irecv([theirs, MPI.BYTE], peer, SWAP),
-                self.comm.Isend([mine, MPI.BYTE], peer, SWAP),
-            ]
-        self.wait(lambda: MPI.Request.Testall(requests), [peer], what)
-        return theirs
 
     def broadcast(self, value: Any, what: str, root: int = 0) -> Any:
         """`value` of `root` on every rank, as JSON carries it."""

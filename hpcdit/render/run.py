@@ -95,6 +95,7 @@ def _render(
     groups = Groups.cut(world, cluster, plan.replicas, plan.cfg)
     with trace.span("connect", "inter"):
         transport = network.transport(groups.sequence)
+        halves = groups.halves(network, trace)
     with trace.span("load", "io"):
         load, m = adapter_of(batch.folder.family).load, config.model
         graph = m.graph and transport.streams
@@ -124,7 +125,7 @@ def _render(
     todo = batches(batch.todo, config.parallel.batch or 1)
     queue = Queue(world, plan.replicas, todo, stop, report.hear if report else None)
     engine = Engine(
-        groups.number, groups.replica, transport, groups.halves(trace), adapter, device, dtype,
+        groups.number, groups.replica, transport, halves, adapter, device, dtype,
         lambda shape: planner(shape, transport.nodes), finisher, trace, queue,
     )  # fmt: skip
     stopped: Stopped | None = None
@@ -132,6 +133,8 @@ def _render(
         engine.render(batch.todo)
     except Stopped as error:  # by all ranks together
         stopped = error
+    if halves:
+        halves.close()
     groups.close()
     network.close()
     if stopped is not None:
