@@ -6,10 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers.models.activations import GELU
 from torch import Tensor
 
 from hpcdit.kernels.base import Norm, Tables
 from hpcdit.kernels.cpu import rotate
+from hpcdit.models.wan import GeluProjection
 from tests.require import needs
 
 MISSING = "no CUDA device" if not torch.cuda.is_available() else ""
@@ -464,3 +466,19 @@ def test_tensors_on_a_device_that_is_not_the_current(kernels: Any) -> None:
     assert torch.cuda.current_device() == 0
     for first, second in zip(*results, strict=True):
         assert torch.equal(first, second)
+
+
+# What the models fuse
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_fused_gelu_is_no_worse_than_the_two_operators(dtype: torch.dtype, compiled: bool) -> None:
+    torch.manual_seed(0)
+    plain = GELU(512, 1536, approximate="tanh").to("cuda", dtype).requires_grad_(False)
+    fused, x = GeluProjection(plain.proj), random(2, 257, 512, dtype=dtype).mul_(3)
+    weight, bias = plain.proj.weight.double(), plain.proj.bias.double()
+    exact = torch.nn.functional.gelu(torch.nn.functional.linear(x.double(), weight, bias), approximate="tanh")
+    found, usual = (torch.compile(fused, dynamic=False) if compiled else fused)(x), plain(x)
+    print(f"{dtype}: error {error(found, exact):.1e}, of the two operators {error(usual, exact):.1e}")
+    assert error(found, exact) < 1.2 * error(usual, exact)

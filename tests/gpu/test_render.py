@@ -80,6 +80,14 @@ def test_in_bfloat16_two_gpus_are_as_near_to_one_as_bfloat16_is_to_float32(layou
 
 
 @two_gpus
+@pytest.mark.parametrize("kind", ["nvshmem", "mpi"])
+def test_halves_of_guidance_give_the_frames_of_one_gpu(kind: str, tmp_path: Path) -> None:
+    one = frames(None, tmp_path, "one", "model.device=cuda", *PLAIN)
+    halves = ("parallel.replicas=1", "parallel.cfg=2", f"transport.kind={kind}", *PLAIN)
+    assert_near(frames(2, tmp_path, "two", "model.device=cuda", *halves), one, levels=1)
+
+
+@two_gpus
 def test_gpus_without_nvshmem_go_through_the_host(tmp_path: Path) -> None:
     wanted = frames(None, tmp_path, "one", *TWO)
     assert_near(frames(2, tmp_path, "two", *TWO, *together("torus"), "transport.kind=mpi"), wanted, levels=1)

@@ -12,13 +12,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import WanPipeline
+from diffusers.models.activations import GELU
 
 import hpcdit.models
 from hpcdit.errors import VideoError
 from hpcdit.kernels import cpu
 from hpcdit.kernels.base import Norm, Tables
 from hpcdit.models.loading import inspect
-from hpcdit.models.wan import Wan
+from hpcdit.models.wan import GeluProjection, Wan
 from tests.checkpoints import make_wan
 
 DEMO = Path(hpcdit.models.__file__).parent / "demo"
@@ -328,6 +329,14 @@ def test_guidance_without_an_encoded_negative_prompt_is_refused(tiny: Wan) -> No
     noise = tiny.noise(0, case.num_frames, case.height, case.width)
     with pytest.raises(ValueError, match="guided"):
         tiny.denoise(conditions, noise, 1, 4.0, alone(tiny, case), nothing)
+
+
+def test_a_fused_gelu_is_its_layer_and_gelu_under_the_same_names() -> None:
+    torch.manual_seed(0)
+    plain = GELU(6, 10, approximate="tanh").double().requires_grad_(False)
+    fused, x = GeluProjection(plain.proj), torch.randn(2, 3, 6, dtype=torch.float64)
+    assert set(fused.state_dict()) == set(plain.state_dict())
+    assert torch.allclose(fused(x), F.gelu(plain.proj(x)), rtol=0, atol=1e-12)  # on a CPU; tests/gpu has the rest
 
 
 def test_latents_that_are_not_numbers_make_no_frames(tiny: Wan) -> None:

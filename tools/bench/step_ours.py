@@ -12,7 +12,7 @@ from hpcdit.attention.session import SequenceParallel
 from hpcdit.cluster import Cluster, World
 from hpcdit.device import bind
 from hpcdit.models.graphs import Replayed
-from hpcdit.models.wan import Split
+from hpcdit.models.wan import Split, compile_blocks
 from hpcdit.planner.calibrate import calibrate
 from hpcdit.planner.search import plan_group
 from hpcdit.planner.workload import Workload
@@ -42,8 +42,7 @@ def ours(
     sequence = SequenceParallel(plan.schedule(), shape, transport, device.kernels, dtype, spans)
     split = Split(transformer)
     split.sequence = sequence
-    for block in transformer.blocks:
-        block.compile(dynamic=False)
+    compile_blocks(transformer)
     replayed = Replayed(transformer.forward)
     replayed.begin(sequence)
     transformer.forward = replayed
