@@ -11,7 +11,8 @@ import numpy as np
 import torch
 
 from ..cluster import World
-from ..errors import BrokenRun, InputError
+from ..errors import InputError
+from .front_end import FrontEnd, checked
 
 T = TypeVar("T")
 
@@ -39,6 +40,19 @@ class Heap:
         # Of high priority: a wait that is a kernel gets its place on an SM before more blocks of attention.
         self.puts, self.arrivals, self.forwards, self.looks = (torch.cuda.Stream(device, priority=-1) for _ in range(4))
         self.beside = self.puts, self.arrivals, self.forwards
+        self.front_end: FrontEnd | None = None
+        # Whose memory this GPU addresses: they are of one NVLink domain.
+        pes, own = range(world.size), self.bytes.data_ptr()
+        self._near = [pe for pe in pes if pe == world.rank or bindings.ptr(own, pe)]
+
+    def find_front_end(self) -> None:
+        """Uses the GPUs' front ends for signals from here on, if all have what it takes. Collective over all ranks."""
+        word, me = self.bytes[:8].view(torch.int64), self.world.rank
+        there = self._near[(self._near.index(me) + 1) % len(self._near)]
+        address = word.data_ptr() if there == me else self.nvshmem.ptr(word.data_ptr(), there)
+        front_end = FrontEnd()
+        if front_end.works(self.world, self.device, word, address):
+            self.front_end = front_end
 
     def fit(self, nbytes: int, least: int) -> float:
         """The first offset from `least` on where `nbytes` are free; infinity where none is."""
@@ -58,36 +72,53 @@ class Heap:
     def put(self, target: int, source: int, nbytes: int, signal: int, pe: int, stream: int) -> None:
         """Copies `nbytes` at `source` to `pe`'s memory and then sets its signal to 1, in the order of `stream`.
 
-        target, signal: own addresses, for which the same places of `pe` stand. To a GPU of the same NVLink domain both
-        are copies, which need no SM: a signal that a kernel sets has to wait until attention leaves it one.
+        target, signal: own addresses, for which the same places of `pe` stand. To a GPU of the same NVLink domain
+        neither needs an SM: a signal that a kernel sets has to wait until attention leaves it one.
         """
-        there = self.nvshmem.ptr(target, pe)
-        if there:
-            self._copy(there, source, nbytes, stream)
-            self._copy(self.nvshmem.ptr(signal, pe), self._one.data_ptr(), 8, stream)
+        if pe in self._near:
+            self._copy(self.nvshmem.ptr(target, pe), source, nbytes, stream)
+            self.signal(signal, pe, stream)
         elif nbytes:
             self.nvshmem.putmem_signal_on_stream(target, source, nbytes, signal, 1, self.set, pe, stream)
         else:
             self.nvshmem.signal_op_on_stream(signal, 1, self.set, pe, stream)
 
+    def signal(self, signal: int, pe: int, stream: int) -> None:
+        """Sets `pe`'s signal to 1, in the order of `stream`. signal: the own address for which `pe`'s stands."""
+        if pe not in self._near:
+            self.nvshmem.signal_op_on_stream(signal, 1, self.set, pe, stream)
+        elif self.front_end:
+            self.front_end.write(self.nvshmem.ptr(signal, pe), stream)
+        else:
+            self._copy(self.nvshmem.ptr(signal, pe), self._one.data_ptr(), 8, stream)
+
+    def wait(self, signal: int, pe: int, stream: int) -> None:
+        """`stream` goes on when the own signal at that address, which `pe` sets, is 1."""
+        if self.front_end and pe in self._near:
+            self.front_end.wait(signal, stream)
+        else:
+            self.nvshmem.signal_wait_until_on_stream(signal, self.reached, 1, stream)
+
     def _copy(self, target: int, source: int, nbytes: int, stream: int) -> None:
         if nbytes:
             kind = self._runtime.cudaMemcpyKind.cudaMemcpyDefault
-            (error,) = self._runtime.cudaMemcpyAsync(target, source, nbytes, kind, stream)
-            if error:
-                raise BrokenRun(f"a copy of {nbytes} bytes to another GPU: {error.name}")
+            checked(self._runtime.cudaMemcpyAsync(target, source, nbytes, kind, stream))
 
     def free(self) -> int:
         return self.nbytes - sum(end - start for start, end in self._taken)
 
     def describe(self) -> dict[str, str]:
-        """For the provenance; waits: whether those on a stream are the front end's, or kernels that spin on an SM."""
+        """For the provenance; waits: whether those on a stream are the front end's, or kernels that spin on an SM.
+
+        Those for GPUs that are not of the same NVLink domain are NVSHMEM's own.
+        """
         has = importlib.import_module("cuda.core").Device(self.device.index).properties
-        front_end = has.can_use_64_bit_stream_mem_ops and has.can_flush_remote_writes  # as NVSHMEM chooses
+        theirs = has.can_use_64_bit_stream_mem_ops and has.can_flush_remote_writes  # as NVSHMEM chooses
         return {
             "version": str(self.core.get_version().libnvshmem_version),
             "heap": f"{self.nbytes >> 20} MiB",
-            "waits": "stream memory operations" if front_end else "kernels",
+            "signals": "stream memory operations" if self.front_end else "copies",
+            "waits": "stream memory operations" if self.front_end or theirs else "kernels",
         }
 
     def close(self) -> None:
@@ -131,6 +162,7 @@ def start(world: World, device: torch.device, heap_bytes: int = HEAP_BYTES) -> N
         limit.start()
         try:
             _heap = world.together(lambda: _tried(init), WHAT)
+            _heap.find_front_end()
         finally:
             limit.cancel()
 

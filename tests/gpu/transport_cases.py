@@ -342,6 +342,16 @@ def links(bed: Bed) -> str:
     return f"us of 64 B, 1, 16, 256 MiB: {'; to a mate: '.join(found)}; {bed.transports[1].describe()}"
 
 
+def without_front_end(bed: Bed) -> str:
+    """Signals as copies and waits as kernels, which is how it goes where stream memory operations do not work."""
+    heap = bed.transports[1].heap
+    found, heap.front_end = heap.front_end, None
+    try:
+        return "; ".join(f"{mode}: {blocks(bed, mode)}, {late(bed, mode)}" for mode in MODES)
+    finally:
+        heap.front_end = found
+
+
 def counted(bed: Bed) -> str:
     """Bytes are counted by link class, as nodes lie: two nodes, then one."""
     found = []
@@ -365,6 +375,7 @@ CASES: dict[str, Callable[[Bed], str]] = {
     **{f"a late rank, {mode}": partial(late, mode=mode) for mode in MODES},
     "many layers ahead": many,
     "a host that synchronises": synchronised,
+    "without the front end": without_front_end,
     "memory": memory,
     "bytes": counted,
     "links": links,
