@@ -85,6 +85,26 @@ class PlanSpec:
 
 
 @dataclass(frozen=True)
+class QueueSpec:
+    """Which videos are this run's. `shared`: other runs write into the same folder; `share`: "i/n"; `stale_s`: seconds
+    after which a claim that was not renewed is void."""
+
+    shared: bool
+    share: str | None
+    stale_s: float
+
+    @property
+    def claims(self) -> bool:
+        """Whether each video has to be claimed."""
+        return self.shared or self.share is not None
+
+    def mine(self, index: int) -> bool:
+        """Whether the video at place `index` of the prompts file is in this run's share."""
+        number, _, count = (self.share or "0/1").partition("/")
+        return index % int(count) == int(number) % int(count)
+
+
+@dataclass(frozen=True)
 class Output:
     """What is written, and where."""
 
@@ -108,6 +128,7 @@ PARTS = {
     "transport": Transport,
     "cluster": ClusterSpec,
     "plan": PlanSpec,
+    "queue": QueueSpec,
     "output": Output,
     "trace": Trace,
 }
@@ -126,6 +147,7 @@ class Config:
     transport: Transport
     cluster: ClusterSpec
     plan: PlanSpec
+    queue: QueueSpec
     output: Output
     trace: Trace
 

@@ -88,6 +88,17 @@ def _name(null: str | None = None) -> Rule:
     return Rule("letters, digits and . _ + - (at most 200, not starting with a dot)", accept, null)
 
 
+def _share() -> Rule:
+    def accept(value: Any) -> str:
+        _require(isinstance(value, str))
+        number, slash, count = value.partition("/")
+        _require(bool(slash) and all(n.isascii() and n.isdecimal() and len(n) <= 5 for n in (number, count)))
+        _require(int(count) >= 1 and int(number) <= int(count))
+        return str(value)
+
+    return Rule("i/n, the i-th of n shares, i from 0 or from 1, n up to 99999", accept, null="all")
+
+
 def _patch() -> Rule:
     def accept(value: Any) -> list[int]:
         _require(isinstance(value, list) and len(value) == 3)
@@ -164,6 +175,9 @@ RULES: Mapping[str, Rule] = {
     "cluster.costs.copy_gb_s": _number(above=0, null=MEASURED),
     "cluster.costs.memory_gb": _number(above=0, null=MEASURED),
     "plan.videos": _integer(1, 10_000_000, null="as many as the prompts file has, 1 without one"),
+    "queue.shared": _flag(),
+    "queue.share": _share(),
+    "queue.stale_s": _number(above=0),
     "output.dir": _path("a folder"),
     "output.compression": _choice("gzip", "lzf", "none"),
     "output.video": _choice("none", "mp4"),
@@ -171,4 +185,4 @@ RULES: Mapping[str, Rule] = {
 }
 
 # Keys whose value is text as it stands: a path may hold spaces, commas and equals signs.
-FREE_TEXT = ("prompts", "model.path", "model.name", "output.dir")
+FREE_TEXT = ("prompts", "model.path", "model.name", "output.dir", "queue.share")

@@ -102,18 +102,27 @@ class Catalog:
         return entry
 
 
-def rebuild(output_dir: Path, jobs: Iterable[Row] = ()) -> Index:
+def rebuild(output_dir: Path, jobs: Iterable[Row] = (), shared: bool = False) -> Index:
     """The index of `output_dir` as its videos say, not yet written.
 
     A job is done if its file is whole, failed if its file is not, else as given. Files that are nobody's job
-    follow in the order of their names.
+    follow in the order of their names. shared: other runs write videos, too, which the index goes on to look for.
     """
     jobs, catalog = tuple(jobs), Catalog(output_dir)
     known = {job.id: job for job in jobs}
     found = {id: _judge(catalog, known.get(id, Row(0, id, "", 0))) for id in sorted(catalog.files)}
     ahead = [found.pop(job.id, job) for job in jobs]
     last = max((job.index for job in jobs), default=-1)
-    return Index(output_dir, ahead + [replace(row, index=last + i) for i, row in enumerate(found.values(), 1)])
+    rows = ahead + [replace(row, index=last + i) for i, row in enumerate(found.values(), 1)]
+    if not shared:
+        return Index(output_dir, rows)
+    missing = {row.id: row for row in rows if row.id not in catalog.files}
+
+    def look() -> list[Row]:
+        catalog.refresh()
+        return [_judge(catalog, missing.pop(id)) for id in list(missing) if id in catalog.files]
+
+    return Index(output_dir, rows, look=look)
 
 
 def _judge(catalog: Catalog, job: Row) -> Row:

@@ -9,7 +9,7 @@ import json
 import os
 import platform
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from importlib import metadata
@@ -111,9 +111,12 @@ class Index:
     sooner than `every` seconds, or 20 times what a write takes, after the last one. `write` ends a run.
     """
 
-    def __init__(self, output_dir: Path, rows: Iterable[Row], every: float = 5.0) -> None:
+    def __init__(
+        self, output_dir: Path, rows: Iterable[Row], every: float = 5.0, look: Callable[[], Sequence[Row]] = tuple
+    ) -> None:
+        """look: rows that other runs have changed since it was called last."""
         self.path = Path(output_dir) / "job.h5"
-        self.every = every
+        self.every, self._look = every, look
         self._rows = {row.id: row for row in rows}
         self._due = 0.0
 
@@ -128,7 +131,18 @@ class Index:
             self.write()
 
     def write(self, events: np.ndarray | None = None) -> None:
-        """Writes the file now, in place of the old one. events: the job's own trace, EVENT [n]."""
+        """Writes the file now, in place of the old one. events: the job's own trace, EVENT [n].
+
+        Of several runs, the one that writes last has all they did: it looks once more when it has written.
+        """
+        changed = self._look()
+        while True:
+            self._rows |= {row.id: row for row in changed}
+            self._write(events)
+            if not (changed := self._look()):
+                return
+
+    def _write(self, events: np.ndarray | None) -> None:
         start = time.monotonic()
         image = io.BytesIO()
         with _create(image) as file:

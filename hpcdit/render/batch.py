@@ -27,11 +27,12 @@ FILES = (LOCK, "run.log", "job.h5", CATALOG)  # what a run writes beside the vid
 
 @dataclass(frozen=True)
 class Batch:
-    """A checked run: the model, the jobs that are to be rendered, and those that are done already."""
+    """A checked run: the model, the jobs to be rendered, those that are done already, those of other runs' shares."""
 
     folder: ModelFolder
     todo: tuple[Job, ...]
     done: tuple[Job, ...]
+    others: tuple[Job, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """JSON's types, for the other ranks."""
@@ -40,7 +41,7 @@ class Batch:
             return [{**vars(job), "sampling": vars(job.sampling)} for job in jobs]
 
         folder = {**vars(self.folder), "path": str(self.folder.path)}
-        return {"folder": folder, "todo": rows(self.todo), "done": rows(self.done)}
+        return {"folder": folder, "todo": rows(self.todo), "done": rows(self.done), "others": rows(self.others)}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Batch":
@@ -48,8 +49,7 @@ class Batch:
             return tuple(Job(**{**row, "sampling": Sampling(**row["sampling"])}) for row in rows)
 
         folder = {**values["folder"], "path": Path(values["folder"]["path"])}
-        todo, done = jobs(values["todo"]), jobs(values["done"])
-        return cls(ModelFolder(**folder), todo, done)
+        return cls(ModelFolder(**folder), *(jobs(values[part]) for part in ("todo", "done", "others")))
 
     @property
     def shape(self) -> ModelShape:
@@ -57,7 +57,7 @@ class Batch:
 
     @property
     def jobs(self) -> list[Job]:
-        return sorted((*self.todo, *self.done), key=lambda job: job.index)
+        return sorted((*self.todo, *self.done, *self.others), key=lambda job: job.index)
 
 
 def prepare(config: Config, nodes: Sequence[int]) -> Batch:
@@ -71,9 +71,10 @@ def prepare(config: Config, nodes: Sequence[int]) -> Batch:
     fits(jobs, defaults, model)
     work = workload(model, [job.sampling for job in jobs], config.model.dtype, config.parallel.batch)
     legal(work, nodes, fixed(config.parallel))
-    todo, done = resume(config, folder, jobs)
+    left, done = resume(config, folder, jobs)
+    todo = tuple(job for job in left if config.queue.mine(job.index))
     check_output(Path(config.output.dir), estimate_bytes(todo))
-    return Batch(folder, todo, done)
+    return Batch(folder, todo, done, tuple(job for job in left if not config.queue.mine(job.index)))
 
 
 def resume(config: Config, folder: ModelFolder, jobs: Sequence[Job]) -> tuple[tuple[Job, ...], tuple[Job, ...]]:
@@ -142,18 +143,20 @@ def _try_folder(there: Path) -> None:
 
 
 @contextlib.contextmanager
-def output_folder(folder: Path) -> Iterator[Path]:
-    """Makes the output folder and holds it for this run; gives the videos' folder. Raises InputError if it is held.
+def output_folder(folder: Path, shared: bool = False) -> Iterator[Path]:
+    """Makes the output folder and holds it for this run, or for all runs that share it; gives the videos' folder.
+
+    Raises InputError if it is held otherwise.
 
     The lock is the kernel's: it goes with the process, however that ends. Where the run turns out to have bad input
     (a model that does not load, say), what was made for it is removed again, but nothing that another run may use.
     """
     videos = folder / "videos"
     made = [place for place in (videos, *videos.parents) if not os.path.lexists(place)]
-    fresh = [folder / name for name in FILES if not os.path.lexists(folder / name)]
+    fresh = [folder / name for name in FILES if not (shared or os.path.lexists(folder / name))]
     videos.mkdir(parents=True, exist_ok=True)
     with open(folder / LOCK, "w") as lock:
-        _hold(lock, folder)
+        _hold(lock, folder, shared)
         for place in (folder, videos):
             atomic.clean(place)
         try:
@@ -167,10 +170,13 @@ def output_folder(folder: Path) -> Iterator[Path]:
             raise
 
 
-def _hold(lock: IO[str], folder: Path) -> None:
+def _hold(lock: IO[str], folder: Path, shared: bool) -> None:
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(lock, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise InputError(f"output.dir={folder}: another run is writing there; allowed: another output.dir") from None
+        raise InputError(
+            f"output.dir={folder}: another run is writing there; allowed: another output.dir, or queue.shared=true for"
+            " all runs"
+        ) from None
     except OSError:
         pass  # a file system without locks: then nobody can be kept out, and each video is still written whole

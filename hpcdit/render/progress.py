@@ -93,6 +93,10 @@ class Report:
                 self._at.pop(group, None)
 
     @property
+    def pending(self) -> int:
+        return len(self._work) - self._done - self._failed
+
+    @property
     def failed(self) -> int:
         return self._failed
 

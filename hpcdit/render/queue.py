@@ -1,5 +1,6 @@
 """Which group renders what: one queue at rank 0, from which groups take jobs without ever waiting for each other."""
 
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -9,7 +10,9 @@ from ..errors import Stopped
 from ..group import Group
 from ..stop import StopRequest
 from .manifest import Job
+from .sources import Source
 
+ASK_S = 0.02  # between two questions for the next videos
 GOES_ON, STOPS = 0, 1  # what the desk's bell says
 
 
@@ -38,15 +41,15 @@ class Queue:
     """
 
     def __init__(
-        self, world: Group, groups: int, todo: Sequence[Sequence[int]], stop: StopRequest,
+        self, world: Group, groups: int, todo: Source, stop: StopRequest,
         hear: Callable[[dict[str, Any]], None] | None,
     ) -> None:  # fmt: skip
-        """todo: what to hand out, in this order, and `hear`: what to do with notes, in the main thread; on rank 0.
+        """todo: what to hand out, and `hear`: what to do with notes, in the main thread; on rank 0.
 
         Collective over the world.
         """
         self._world, self._stop, self._hear = world, stop, hear
-        self._left, self._notes = deque(todo), deque[dict[str, Any]]()
+        self._left, self._notes = todo, deque[dict[str, Any]]()
         self._working, self._cut, self._by = groups, False, ""
         self._told = False
         self._desk = Desk(world)
@@ -56,7 +59,7 @@ class Queue:
         """Rank 0's answer, in the service thread or its main thread."""
         match note.pop("kind"):
             case "next":
-                return self._left.popleft() if self._left and not self._by else []
+                return self._left.take() if self._left and not self._by else []
             case "stop":
                 self._by = self._by or note["by"]
                 self._desk.ring(STOPS)
@@ -65,11 +68,17 @@ class Queue:
                 self._working -= 1
             case "note":
                 self._notes.append(note["note"])
+                if note["note"].get("what") == "ended":
+                    self._left.ended(note["note"]["id"])
         return None
 
     def next(self) -> list[int]:
         """What a leader's group is to render next; empty if nothing is left or the run stops."""
-        return list(self._desk.ask({"kind": "next"}, "the next videos"))
+        while (found := self._desk.ask({"kind": "next"}, "the next videos")) is None:
+            time.sleep(ASK_S)
+            self.stopping()
+            self._listen()
+        return list(found)
 
     def tell(self, **note: Any) -> None:
         """A leader's note for the report of rank 0."""

@@ -20,6 +20,7 @@ from ..mesh import Mesh
 from ..models import adapter_of
 from ..models.base import Adapter
 from ..output.catalog import rebuild
+from ..output.claims import Claims, run_name
 from ..output.record import Row, VideoRecord
 from ..output.store import software
 from ..output.trace import EVENT, Trace
@@ -37,6 +38,7 @@ from .plan import workload
 from .planner import Planner
 from .progress import Report, clock, open_log
 from .queue import Queue, batches
+from .sources import Listed, Shared, Source
 from .stages import Finisher
 
 OK, FAILED = 0, 3
@@ -50,7 +52,8 @@ def render(config: Config, world: World, cluster: Cluster, batch: Batch, stop: S
     folder = Path(config.output.dir)
     torch.set_num_threads(world.cores)
     with ExitStack() as stack:
-        world.agree(lambda: stack.enter_context(output_folder(folder)) and None, "the output folder")
+        shared = config.queue.claims
+        world.agree(lambda: stack.enter_context(output_folder(folder, shared)) and None, "the output folder")
         report = _report(config, cluster, batch) if world.rank == 0 else None
         _log_processes(world, cluster, report)
         try:
@@ -73,7 +76,7 @@ def render(config: Config, world: World, cluster: Cluster, batch: Batch, stop: S
         if report:
             code = FAILED if report.failed else OK
             report.log.info("peak memory: %.2f GiB on the largest rank", peak / 2**30)
-            _summary(folder, report, len(batch.done))
+            _summary(folder, report, len(batch.done), config.queue.claims)
         return int(world.broadcast(code, "the exit code"))
 
 
@@ -106,6 +109,7 @@ def _render(
         report.log.info("device: %s; transport: %s", device.name, transport.describe())
         _log_plan(planner, report)
         _warn_unguided(batch, plan.cfg, adapter, report)
+    todo = _source(config, batch, stack) if report else Listed(())  # before the finisher: what it writes stays claimed
     finisher = Finisher(
         adapter,
         device,
@@ -115,6 +119,7 @@ def _render(
         config.output.compression,
         config.output.video,
         world.cores,
+        config.queue.claims,
     )
     stack.callback(finisher.close)
     dtype = getattr(torch, config.model.dtype)
@@ -122,7 +127,6 @@ def _render(
     events = world.gather(trace.take().tobytes(), 0, "the events of the job")
     if report:
         report.events = np.frombuffer(b"".join(events), EVENT)
-    todo = batches(batch.todo, config.parallel.batch or 1)
     queue = Queue(world, plan.replicas, todo, stop, report.hear if report else None)
     engine = Engine(
         groups.number, groups.replica, transport, halves, adapter, device, dtype,
@@ -139,6 +143,17 @@ def _render(
     network.close()
     if stopped is not None:
         raise stopped
+
+
+def _source(config: Config, batch: Batch, stack: ExitStack) -> Source:
+    """What this run is to render, in its order."""
+    todo = batches(batch.todo, config.parallel.batch or 1)
+    if not config.queue.claims:
+        return Listed(todo)
+    claims = Claims(Path(config.output.dir), run_name(), config.queue.stale_s)
+    shared = Shared(todo, [job.id for job in batch.todo], claims)
+    stack.callback(shared.close)
+    return shared
 
 
 def _log_plan(planner: Planner, report: Report) -> None:
@@ -201,7 +216,7 @@ class Provenance:
 
 def _report(config: Config, cluster: Cluster, batch: Batch) -> Report:
     folder, done = Path(config.output.dir), {job.id for job in batch.done}
-    log = open_log(folder / "run.log")
+    log = open_log(folder / (f"run-{run_name()}.log" if config.queue.claims else "run.log"))
     described = cluster.describe()
     log.info("hpcdit %s: %s", software()["hpcdit"], " ".join(sys.argv[1:]) or "(defaults)")
     log.info("cluster: %s", described)
@@ -209,7 +224,7 @@ def _report(config: Config, cluster: Cluster, batch: Batch) -> Report:
     log.info("videos: %d to do, %d there", len(batch.todo), len(done))
     rows = [Row(j.index, j.id, j.prompt, j.sampling.seed, "done" if j.id in done else "pending") for j in batch.jobs]
     work = {job.id: job.sampling.steps for job in batch.todo}
-    return Report(rebuild(folder, rows), log, work, len(done))
+    return Report(rebuild(folder, rows, config.queue.claims), log, work, len(done))
 
 
 def _log_processes(world: World, cluster: Cluster, report: Report | None) -> None:
@@ -220,10 +235,11 @@ def _log_processes(world: World, cluster: Cluster, report: Report | None) -> Non
             report.log.info(line.decode())
 
 
-def _summary(folder: Path, report: Report, there: int) -> None:
+def _summary(folder: Path, report: Report, there: int, shared: bool) -> None:
     text = f"{report.done} videos done in {clock(report.seconds)}"
     text += f", {there} were there" * bool(there) + f", {report.failed} failed (see job.h5 and run.log)" * bool(
         report.failed
     )
+    text += f", {report.pending} by other runs" * bool(shared and report.pending)
     report.log.info(text)
     say(f"hpcdit: {text}: {folder / 'videos'}", sys.stdout)

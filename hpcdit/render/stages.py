@@ -65,10 +65,12 @@ class Finisher:
         compression: str,
         video: str,
         threads: int,
+        shared: bool = False,
     ) -> None:
+        """shared: other runs write into `folder`, too."""
         self._adapter, self._device = adapter, device
         self._folder, self._record, self._trace = folder, record, trace
-        self._compression, self._video = compression, video
+        self._compression, self._video, self._shared = compression, video, shared
         # A new thread would take all cores otherwise: OpenMP's thread count is a thread's own setting.
         self._pool = ThreadPoolExecutor(1, "hpcdit-finisher", torch.set_num_threads, (threads,))
         self._running: list[Future[Result]] = []
@@ -99,7 +101,9 @@ class Finisher:
         except VideoError as error:
             done = replace(done, status="failed", reason=str(error))
         except FileExistsError:
-            done = replace(done, status="failed", reason=f"{job.id}.h5 appeared while it was rendered; kept as it is")
+            # Of runs that share the folder, one that was suspended may have lost its claim.
+            status, reason = "done" if self._shared else "failed", f"{job.id}.h5 appeared while it was rendered"
+            done = replace(done, status=status, reason=f"{reason}; kept as it is")
         except OSError as error:  # a full disk, a file system that is gone: no later video would fare better
             where = self._folder / f"{job.id}.h5"
             why = f"{where} cannot be written: {error.strerror or error}"

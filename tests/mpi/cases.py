@@ -24,6 +24,7 @@ from hpcdit.kernels import cpu
 from hpcdit.models.loading import inspect
 from hpcdit.models.wan import Wan
 from hpcdit.render.queue import Queue
+from hpcdit.render.sources import Listed
 from hpcdit.stop import StopRequest
 from hpcdit.transport.mpi import WIRES, MpiTransport
 from tests.attention_cases import UNTIMED, Case
@@ -145,7 +146,7 @@ def queue(comm: MPI.Comm) -> Any:
     def body(world: World, groups: int) -> tuple[list[list[int]], list[list[int]]]:
         heard: list[list[int]] = []
         group, pause = world.part(groups), random.Random(world.rank)
-        todo = [[2 * n, 2 * n + 1] for n in range(100)]
+        todo = Listed([[2 * n, 2 * n + 1] for n in range(100)])
         shared = Queue(world, groups, todo, StopRequest(), lambda note: heard.append(note["took"]))
         took: list[int] = []
         while batch := group.broadcast(shared.next() if group.rank == 0 else None, "a batch"):
