@@ -63,7 +63,7 @@ class Replay:
 
         x: [B, tokens, H, D]; norm, tables: what it gets on its way, see kernels.cpu.embed.
         """
-        blocks = self._blocks(tensor, x.device)
+        blocks = self.blocks(tensor, x.device)
         if blocks[0][1].device == x.device:
             self.kernels.embed(x, norm, tables, blocks)
         else:
@@ -72,14 +72,14 @@ class Replay:
             for (_, block), (_, new) in zip(blocks, made, strict=True):
                 block.copy_(new)
         for slot in self.slots:
-            self._signal(tensor, slot)
+            self.signal(tensor, slot)
 
     def project(self, tensor: str, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> None:
         """As `publish` of what a linear layer makes of x; without a copy where its product fits the blocks.
 
         x: [B, tokens, C]; weight: [H * D, C]; bias: [H * D].
         """
-        shape, blocks = self.placement.shape, self._blocks(tensor, x.device)
+        shape, blocks = self.placement.shape, self.blocks(tensor, x.device)
         if not self._fits(x, [block for _, block in blocks]):
             made = torch.nn.functional.linear(x, weight, bias)
             self.publish(tensor, made.unflatten(2, (shape.heads, shape.dim)))
@@ -87,7 +87,7 @@ class Replay:
         for slot, (heads, block) in zip(self.slots, blocks, strict=True):
             part = slice(heads.start * shape.dim, heads.stop * shape.dim)
             torch.addmm(bias[part], x[0], weight[part].t(), out=block.flatten(1))
-            self._signal(tensor, slot)
+            self.signal(tensor, slot)
 
     def _fits(self, x: torch.Tensor, blocks: list[torch.Tensor]) -> bool:
         """Whether a product of x is written into the blocks, one each, rather than whole and then copied."""
@@ -95,8 +95,8 @@ class Replay:
             return False
         return len(blocks) == 1 or min(block.numel() for block in blocks) >= self.kernels.LEAST_PART
 
-    def _blocks(self, tensor: str, device: torch.device) -> list[tuple[range, torch.Tensor]]:
-        """The heads and the place of each of this rank's blocks of `tensor`, which comes from `device`."""
+    def blocks(self, tensor: str, device: torch.device) -> list[tuple[range, torch.Tensor]]:
+        """The heads and the place of each of this rank's blocks of `tensor`, by `slots`; it is made on `device`."""
         if not self._open:
             self._set, self._open = self.exchange.begin(), True
         self.device = device
@@ -107,7 +107,8 @@ class Replay:
             blocks.append((self.placement.heads[slot], block))
         return blocks
 
-    def _signal(self, tensor: str, slot: int) -> None:
+    def signal(self, tensor: str, slot: int) -> None:
+        """Says that this rank's block of `tensor` and of a head slot is written."""
         self.exchange.signal(self.placement.place(Piece(tensor, self.rank, slot), self.rank))
 
     def pull(self, step: Pull) -> None:

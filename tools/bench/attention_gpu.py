@@ -3,7 +3,12 @@
 mpirun -n 2 python tools/bench/attention_gpu.py --lengths 4k,8k,16k,32k,64k --layouts "ulysses 2x1; torus 2x1"
 
 The pure time is that of one call of plain attention with the same work for each GPU: all tokens, its part of the heads,
-as a CUDA graph, with the faster kernel. yunchang 0.6.4 (the library behind xDiT) is given its kernels by hand: by
+as a CUDA graph, with the faster kernel. It has q, k and v where it reads them; a method copies them to where others
+read them first. In a model neither is so: a kernel that norms and rotates q and k writes them somewhere in any case,
+and the projection writes v. So there is a second comparison, "made in place": pure, that kernel into plain tensors and
+one call; a method, the same kernel into what others read, where v lies already, and its layer.
+
+yunchang 0.6.4 (the library behind xDiT) is given its kernels by hand: by
 itself it finds FlashAttention 3 only under another name, and its own call of cuDNN returns no lse, so that its ring
 would merge wrongly.
 """
@@ -41,17 +46,25 @@ CALLS = 10  # layers in a row, of one method, before it is the next one's turn
 
 @dataclass
 class Way:
-    """A way to compute the layer. call: `layers` layers, whose outputs it returns; whole: they are the layer's own."""
+    """A way to compute the layer. call: `layers` layers, whose outputs it returns; whole: they are the layer's own.
+
+    made: the same with q and k made in place.
+    """
 
     name: str
     call: Callable[[], Sequence[Tensor]]
     layers: int = 1
     whole: bool = True
+    made: "Way | None" = None
     times: list[float] = field(default_factory=list)
+
+    def typical(self, world: World) -> float:
+        """The median time of a layer, of the slowest GPU. Called by all ranks together."""
+        return world.largest(statistics.median(self.times), gpu.WHAT)
 
 
 def arguments() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description="One attention layer on several GPUs, under mpirun.")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lengths", default="4k,8k,16k,32k,64k", help="tokens, a list; k: 1024")
     parser.add_argument("--heads", type=int, default=24)
     parser.add_argument("--dim", type=int, default=128)
@@ -122,13 +135,19 @@ class Layer:
         return rows, torch.stack(parts, 2)
 
 
-def pure(layer: Layer, kernels: dict[str, gpu.Attend]) -> list[Way]:
+def pure(layer: Layer, kernels: dict[str, gpu.Attend], making: own.Making | None) -> list[Way]:
     q, k, v = layer.part()
+    ways = []
 
     def once(attend: gpu.Attend) -> list[Tensor]:
         return [attend(q, k, v)[0]]
 
-    return [Way(f"pure, {name}", gpu.captured(partial(once, attend)), whole=False) for name, attend in kernels.items()]
+    for name, attend in kernels.items():
+        way = Way(f"pure, {name}", gpu.captured(partial(once, attend)), whole=False)
+        if making is not None:
+            way.made = Way(way.name, gpu.captured(partial(own.pure_made, attend, layer.own, v, making)))
+        ways.append(way)
+    return ways
 
 
 def yunchang(world: World, kernels: dict[str, gpu.Attend]) -> dict[str, Any]:
@@ -158,7 +177,9 @@ def rivals(layer: Layer, modules: dict[str, Any]) -> list[Way]:
     return [Way(name, partial(once, module)) for name, module in modules.items()]
 
 
-def hpcdit(layer: Layer, transport: Transport, wanted: Sequence[Layout], made: list[Attention]) -> list[Way]:
+def hpcdit(
+    layer: Layer, transport: Transport, making: own.Making, wanted: Sequence[Layout], made: list[Attention]
+) -> list[Way]:
     """Each layout eager and as a graph; what is to be closed is added to `made`."""
     ways = []
     for layout in wanted:
@@ -166,14 +187,19 @@ def hpcdit(layer: Layer, transport: Transport, wanted: Sequence[Layout], made: l
             attention = own.attention(layout, layer.shape, transport, DTYPE)
             made.append(attention)
             call = partial(own.ours, attention, transport, layer.own)
-            ways.append(Way(f"{layout}, {kind}", gpu.captured(call) if kind == "graph" else call, own.LAYERS))
+            way = Way(f"{layout}, {kind}", gpu.captured(call) if kind == "graph" else call, own.LAYERS)
+            if kind == "graph":  # v is in place from the calls before the capture above
+                in_place = partial(own.made_in_place, attention, transport, layer.own, making)
+                way.made = Way(way.name, gpu.captured(in_place), own.LAYERS)
+            ways.append(way)
     return ways
 
 
 def measure(ways: Sequence[Way], world: World, repeat: int) -> None:
     """Methods take turns, so that a GPU that grows warm is no one method's bad luck."""
+    every = [each for way in ways for each in (way, way.made) if each is not None]
     for turn in range(repeat + 1):
-        for way in ways:
+        for way in every:
             world.barrier(gpu.WHAT)
             found = gpu.seconds(way.call, CALLS // way.layers)
             if turn:  # the first is for warming
@@ -183,12 +209,14 @@ def measure(ways: Sequence[Way], world: World, repeat: int) -> None:
 def report(layer: Layer, ways: Sequence[Way]) -> str:
     """The table of one length, and the check of what was timed. Called by all ranks together."""
     world = layer.world
-    medians = [world.largest(statistics.median(way.times), gpu.WHAT) for way in ways]
+    medians = [way.typical(world) for way in ways]
+    in_place = [way.made.typical(world) if way.made else None for way in ways]
     best = min(time for time, way in zip(medians, ways, strict=True) if not way.whole)
+    best_made = min((t for t, way in zip(in_place, ways, strict=True) if t and not way.whole), default=0.0)
     layer.fill(CHECKED)
     rows, reference = layer.reference(CHECKED)
     lines = []
-    for way, typical in zip(ways, medians, strict=True):
+    for way, typical, made in zip(ways, medians, in_place, strict=True):
         error = "-"
         if way.whole:
             world.barrier(gpu.WHAT)
@@ -196,8 +224,9 @@ def report(layer: Layer, ways: Sequence[Way]) -> str:
             error = f"{world.largest(mine, gpu.WHAT):.1e}"
         least, most = (world.largest(find(way.times), gpu.WHAT) for find in (min, max))
         figures = (f"{seconds * 1e3:.3f}" for seconds in (typical, least, most))
-        lines.append([way.name, *figures, f"{best / typical:.2f}", error])
-    head = ["method", "median ms", "min", "max", "pure / median", "error"]
+        second = [f"{made * 1e3:.3f}", f"{best_made / made:.2f}"] if made else ["-", "-"]
+        lines.append([way.name, *figures, f"{best / typical:.2f}", *second, error])
+    head = ["method", "median ms", "min", "max", "pure / median", "made in place, ms", "pure / it", "error"]
     s = layer.shape
     return f"\nL = {s.length}, H = {s.heads}, D = {s.dim}, {DTYPE}\n{gpu.table(head, lines)}"
 
@@ -212,7 +241,7 @@ def body(args: argparse.Namespace, world: World) -> None:
     gpu.nccl(world, device)
     kernels = gpu.kernels()
     gpu.say(world, f"{gpu.cards(world, device)}; as {cluster.node_count} nodes; kernels: {', '.join(kernels)}")
-    gpu.say(world, "ms a layer, medians of the slowest GPU; error: relative to float64")
+    gpu.say(world, "ms a layer, medians of the slowest GPU; error: relative to float64; made in place: see --help")
     transport: Transport | None = None
     try:
         transport = own.start(cluster, device)
@@ -226,9 +255,10 @@ def body(args: argparse.Namespace, world: World) -> None:
     left_out = [word.strip() for word in args.without.split(",") if word.strip()]
     for length in sizes:
         layer, made = Layer(Shape(1, length, args.heads, args.dim), world, device), list[Attention]()
-        ways = [*pure(layer, kernels), *rivals(layer, modules)]
-        if transport is not None:
-            ways += hpcdit(layer, transport, wanted, made)
+        making = own.Making.of(layer.own["q"]) if transport is not None else None
+        ways = [*pure(layer, kernels, making), *rivals(layer, modules)]
+        if transport is not None and making is not None:
+            ways += hpcdit(layer, transport, making, wanted, made)
         ways = [way for way in ways if not way.whole or not any(word in way.name for word in left_out)]
         measure(ways, world, args.repeat)
         gpu.say(world, report(layer, ways))
