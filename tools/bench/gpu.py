@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 from hpcdit.cluster import MPI, World
 from hpcdit.errors import InputError
@@ -111,6 +112,21 @@ def captured(call: Callable[[], T]) -> Callable[[], T]:
         return out
 
     return replay
+
+
+def kernels_by_time(call: Callable[[], object], count: int = 25) -> str:
+    """A table of what the GPU runs in one call: the kernels and copies that take the longest, each name's together."""
+    with profile(activities=[ProfilerActivity.CUDA]) as found:
+        call()
+        torch.cuda.synchronize()
+    events = [e for e in found.key_averages() if e.device_type == torch.autograd.DeviceType.CUDA]
+    events.sort(key=lambda e: -e.self_device_time_total)
+    times = [e.self_device_time_total / 1e3 for e in events]
+    total = max(sum(times), 1e-9)
+    rows = [[e.key[:90], f"{t:.2f}", f"{t / total:.1%}", f"{e.count}"] for e, t in zip(events, times, strict=True)]
+    rest = sum(times[count:])
+    rows[count:] = [["all others", f"{rest:.2f}", f"{rest / total:.1%}", ""]]
+    return table(["kernel", "ms", "share", "calls"], rows)
 
 
 def cudnn(q: Tensor, k: Tensor, v: Tensor, **_: Any) -> tuple[Tensor, Tensor]:

@@ -3,7 +3,8 @@
 python tools/bench/step.py --model 14b --guided                   # one GPU
 mpirun -n 2 python tools/bench/step.py --model 14b --guided       # and diffusers' context parallel on two
 
-Only some of the model's layers are made and timed, since all are alike; a step of the whole model is scaled from them.
+Only some of the model's layers are made and timed, since all are alike, and half as many: what a layer takes is the
+difference, and the whole model as much more as it has layers more. With --layers 40 (30) the whole model is timed.
 """
 
 import argparse
@@ -19,7 +20,7 @@ import diffusers
 import gpu
 import torch
 from diffusers import ContextParallelConfig, WanTransformer3DModel
-from step_ours import ours
+from step_ours import Ours
 from torch import Tensor
 
 from hpcdit.cluster import World
@@ -51,7 +52,10 @@ MODELS = {"14b": Model(40, 13824, 40, 4), "1.3b": Model(12, 8960, 30, 6)}
 
 @dataclass
 class Row:
-    """What a variant took, of the slower GPU. first_s: its first call, compiling included; output None: it failed."""
+    """What a variant took, of the slower GPU. first_s: its first call, compiling included; output None: it failed.
+
+    fewer: the times with so many layers less; kernels: the table of --profile.
+    """
 
     name: str
     times: list[float]
@@ -59,6 +63,8 @@ class Row:
     peak_bytes: float
     output: Tensor | None
     note: str = ""
+    fewer: list[float] | None = None
+    kernels: str = ""
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -71,6 +77,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--backend", default="_native_cudnn", help="diffusers' attention; native: torch chooses")
     parser.add_argument("--all-bf16", action="store_true", help="also what diffusers keeps in float32 when it loads")
+    parser.add_argument("--profile", action="store_true", help="also the kernels of a step by their time")
     parser.add_argument("--only", default="", help="variants to run, by parts of their names: 'compiled,hpcdit'")
     return parser
 
@@ -81,7 +88,10 @@ class Step:
     def __init__(self, args: argparse.Namespace, world: World, device: torch.device) -> None:
         self.args, self.world, self.device = args, world, device
         self.model = MODELS[args.model]
-        self.layers = min(args.layers or self.model.timed, self.model.layers)
+        self.layers = min(self.model.timed if args.layers is None else args.layers, self.model.layers)
+        self.fewer = self.layers // 2 if self.layers < self.model.layers else 0  # also timed; 0: no need
+        if self.layers < 2:
+            raise InputError(f"--layers: {args.layers}; allowed: 2 or more")
         try:
             height, width = (int(n) for n in args.size.split("x"))
         except ValueError:
@@ -98,9 +108,10 @@ class Step:
         self.noise = draw(1, CHANNELS, *latents)
         self.texts = [draw(1, TEXT_TOKENS, TEXT_DIM) for _ in range(2 if args.guided else 1)]
         self.timestep = torch.tensor([500], device=device)
+        self.ours: Ours | None = None
 
-    def build(self) -> Any:
-        """The transformer, made on the GPU: the same weights on every rank and in every variant."""
+    def build(self, layers: int) -> Any:
+        """A transformer, made on the GPU: the same weights on every rank and in every variant."""
         torch.manual_seed(0)
         torch.set_default_dtype(torch.bfloat16)
         try:
@@ -113,7 +124,7 @@ class Step:
                     text_dim=TEXT_DIM,
                     freq_dim=256,
                     ffn_dim=self.model.ffn_dim,
-                    num_layers=self.layers,
+                    num_layers=layers,
                 )
         finally:
             torch.set_default_dtype(torch.float32)
@@ -141,14 +152,19 @@ class Step:
         return negative + GUIDANCE * (prompt - negative)
 
     def measure(self, name: str, prepare: Prepare) -> Row:
-        """Makes a transformer, prepares and times it. Nothing of it is left in the GPU's memory."""
+        """Makes transformers, prepares and times them. Nothing of them is left in the GPU's memory."""
+        row = self._measure(Row(name, [], 0.0, 0.0, None), prepare, self.layers)
+        if self.fewer and row.output is not None:
+            row.fewer = self._measure(Row(name, [], 0.0, 0.0, None), prepare, self.fewer).times
+        return row
+
+    def _measure(self, row: Row, prepare: Prepare, layers: int) -> Row:
         torch._dynamo.reset()
         gc.collect()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-        row = Row(name, [], 0.0, 0.0, None)
         try:
-            row.name, forward, close = prepare(self.build())
+            row.name, forward, close = prepare(self.build(layers))
             self.world.barrier(gpu.WHAT)
             start = time.perf_counter()
             self(forward)
@@ -159,6 +175,8 @@ class Step:
             row.times = gpu.seconds(lambda: self(forward), self.args.repeat)
             row.peak_bytes = self.world.largest(torch.cuda.max_memory_allocated(), gpu.WHAT)
             row.output = output.clone()
+            if self.args.profile and layers == self.layers:
+                row.kernels = gpu.kernels_by_time(lambda: self(forward))
             close()
         except Exception as error:  # the other variants are worth something without this one
             row.note = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
@@ -184,23 +202,34 @@ class Step:
         if ranks > 1:
             spread = f"diffusers, Ulysses {ranks} over NCCL"
             found += [plain(spread, True, False), plain(f"{spread}, blocks compiled", True, True)]
-        found.append(("hpcdit", lambda model: ours(model, self.args, self.world, self.tokens)))
+        found.append(("hpcdit", self._ours))
         words = [word.strip() for word in self.args.only.split(",") if word.strip()]
         # The first is what the others are compared with.
         return [each for i, each in enumerate(found) if not words or i == 0 or any(word in each[0] for word in words)]
 
+    def _ours(self, model: Any) -> Prepared:
+        if self.ours is None:
+            self.ours = Ours(self.args, self.world, self.tokens)
+        return self.ours.prepare(model)
+
     def describe(self) -> str:
         args = self.args
         passes = "guided, two passes a step" if args.guided else "one pass a step"
+        whole = f"extrapolated in a line from {self.fewer} and {self.layers} layers" if self.fewer else "measured"
         kept = "all of it in bfloat16" if args.all_bf16 else "bfloat16, what diffusers keeps in float32 kept"
         return (
             f"{gpu.cards(self.world, self.device)}, diffusers {diffusers.__version__}, its attention {args.backend}\n"
             f"Wan 2.1 {args.model}, {self.layers} of its {self.model.layers} layers, random weights, {kept};"
             f" {args.frames} frames of {args.size}: {self.tokens} tokens; {passes}\n"
-            f"medians of {args.repeat}, of the slowest GPU; seconds of the whole model:"
-            f" {self.model.layers}/{self.layers} of the measured one;\n"
+            f"medians of {args.repeat}, of the slowest GPU; seconds of the whole model: {whole};\n"
             "peak: of torch's own memory, weights included; difference: to the first line, relative"
         )
+
+    def whole(self, row: Row, typical: float) -> float:
+        """Seconds of the whole model, from the medians of two numbers of layers. Called by all ranks together."""
+        fewer = self.world.largest(statistics.median(row.fewer or [float("nan")]), gpu.WHAT) if self.fewer else typical
+        a_layer = (typical - fewer) / (self.layers - self.fewer)
+        return typical + a_layer * (self.model.layers - self.layers)
 
     def line(self, row: Row, first: Row) -> list[str]:
         """Called by all ranks together."""
@@ -212,7 +241,7 @@ class Step:
         difference = self.world.largest(gpu.difference(row.output, first.output), gpu.WHAT)
         figures = (
             f"{typical * 1e3:.1f}",
-            f"{typical * self.model.layers / self.layers:.3f}",
+            f"{self.whole(row, typical):.3f}",
             f"{base / typical:.2f}",
             f"{row.peak_bytes / 2**30:.1f}",
             f"{row.first_s:.1f}",
@@ -245,6 +274,11 @@ def body(args: argparse.Namespace, world: World) -> None:
         lines.append(step.line(rows[-1], rows[0]))
         gpu.say(world, "  ... " + "  ".join(lines[-1]).rstrip())  # what is known if the run is cut off
     gpu.say(world, gpu.table(head, lines))
+    for row in rows:
+        if row.kernels:
+            gpu.say(world, f"\n{row.name}: one step of {step.layers} layers, rank 0's kernels\n{row.kernels}")
+    if step.ours is not None:
+        step.ours.close()
 
 
 if __name__ == "__main__":

@@ -21,35 +21,42 @@ from hpcdit.transport import Network
 HEAP_BYTES = 8 << 30
 
 
-def ours(
-    transformer: Any, args: argparse.Namespace, world: World, tokens: int
-) -> tuple[str, Callable[..., Any], Callable[[], None]]:
-    """Prepares `transformer`, which is nobody else's, for this rank.
+class Ours:
+    """What transformers of any number of layers share: NVSHMEM starts once a process."""
 
-    args: of step.py; tokens: of the whole video. Returns what to call the variant, what to call in place of the
-    transformer, and what to call in the end. The planner chooses the layout, from what it measures here.
-    """
-    device, cluster = bind("cuda", world), Cluster(world, ranks_per_node=1)
-    network = Network(world, device, "auto", "auto", HEAP_BYTES, print)
-    transport, dtype = network.transport(cluster), torch.bfloat16
-    heads, dim = transformer.config.num_attention_heads, transformer.config.attention_head_dim
-    costs = calibrate(cluster, transport, device, dtype, dim)
-    work = Workload(
-        tokens, heads, dim, transformer.config.num_layers, transformer.config.ffn_dim, guided=args.guided, itemsize=2
-    )
-    plan = plan_group(work, cluster.nodes, costs)
-    shape, spans = Shape(1, tokens, heads, dim), Spans(None, lambda: 0.0)
-    sequence = SequenceParallel(plan.schedule(), shape, transport, device.kernels, dtype, spans)
-    split = Split(transformer)
-    split.sequence = sequence
-    compile_blocks(transformer)
-    replayed = Replayed(transformer.forward)
-    replayed.begin(sequence)
-    transformer.forward = replayed
+    def __init__(self, args: argparse.Namespace, world: World, tokens: int) -> None:
+        """args: of step.py; tokens: of the whole video."""
+        self.args, self.tokens = args, tokens
+        self.device, self.cluster = bind("cuda", world), Cluster(world, ranks_per_node=1)
+        self.network = Network(world, self.device, "auto", "auto", HEAP_BYTES, print)
+        self.transport = self.network.transport(self.cluster)
 
-    def close() -> None:
-        replayed.begin(None)
-        sequence.close()
-        network.close()
+    def prepare(self, transformer: Any) -> tuple[str, Callable[..., Any], Callable[[], None]]:
+        """Prepares `transformer`, which is nobody else's, for this rank.
 
-    return f"hpcdit, {plan.layout}", transformer, close
+        Returns what to call the variant, what to call in place of the transformer, and what to call in the end. The
+        planner chooses the layout, from what it measures here.
+        """
+        of, dtype, kernels = transformer.config, torch.bfloat16, self.device.kernels
+        heads, dim = of.num_attention_heads, of.attention_head_dim
+        costs = calibrate(self.cluster, self.transport, self.device, dtype, dim)
+        guided = self.args.guided
+        work = Workload(self.tokens, heads, dim, of.num_layers, of.ffn_dim, guided=guided, itemsize=2)
+        plan = plan_group(work, self.cluster.nodes, costs)
+        shape, spans = Shape(1, self.tokens, heads, dim), Spans(None, lambda: 0.0)
+        sequence = SequenceParallel(plan.schedule(), shape, self.transport, kernels, dtype, spans)
+        split = Split(transformer)
+        split.sequence = sequence
+        compile_blocks(transformer)
+        replayed = Replayed(transformer.forward)
+        replayed.begin(sequence)
+        transformer.forward = replayed
+
+        def close() -> None:
+            replayed.begin(None)
+            sequence.close()
+
+        return f"hpcdit, {plan.layout}", transformer, close
+
+    def close(self) -> None:
+        self.network.close()
