@@ -89,12 +89,14 @@ class Catalog:
                     self._read = lines.tell()
 
     def entry(self, id: str) -> Entry:
-        """What the video `id` holds. Raises ValueError and OSError as read_record does."""
+        """What the video `id` holds. Raises ValueError, also for links and pipes, and OSError as read_record does."""
         file = self.files.get(id)
         known = self._entries.get(id)
         if file and known and (known.size, known.mtime_ns) == (file.st_size, file.st_mtime_ns):
             return known
         path = self._folder / "videos" / f"{id}.h5"
+        if file and not stat.S_ISREG(file.st_mode):
+            raise ValueError(f"{path}: not a regular file")
         record, seconds = read_video(path)
         self._entries[id] = entry = Entry.of(path, file or path.stat(), record, seconds)
         with suppress(OSError):

@@ -16,10 +16,11 @@ from ..errors import InputError
 from ..models.loading import ModelFolder, ModelShape, inspect, shape
 from ..output import atomic
 from ..output.catalog import NAME as CATALOG
-from ..output.catalog import Catalog, Entry
+from ..output.claims import FOLDER as CLAIMS
 from ..planner.search import legal
-from .manifest import Job, estimate_bytes, fits, partition, read
+from .manifest import Job, estimate_bytes, fits, read
 from .plan import fixed, workload
+from .resume import resume
 
 LOCK = ".lock"
 FILES = (LOCK, "run.log", "job.h5", CATALOG)  # what a run writes beside the videos
@@ -71,40 +72,20 @@ def prepare(config: Config, nodes: Sequence[int]) -> Batch:
     fits(jobs, defaults, model)
     work = workload(model, [job.sampling for job in jobs], config.model.dtype, config.parallel.batch)
     legal(work, nodes, fixed(config.parallel))
+    check_links(Path(config.output.dir))
     left, done = resume(config, folder, jobs)
     todo = tuple(job for job in left if config.queue.mine(job.index))
     check_output(Path(config.output.dir), estimate_bytes(todo))
     return Batch(folder, todo, done, tuple(job for job in left if not config.queue.mine(job.index)))
 
 
-def resume(config: Config, folder: ModelFolder, jobs: Sequence[Job]) -> tuple[tuple[Job, ...], tuple[Job, ...]]:
-    """(todo, done): a job is done if its file holds what is asked for. Raises InputError if it holds anything else."""
-    videos, found = Path(config.output.dir) / "videos", dict[str, Entry]()
-    catalog = Catalog(Path(config.output.dir))
-    for job in jobs:
-        if job.id not in catalog.files:
-            continue
-        path = videos / f"{job.id}.h5"
-        if not config.resume:
-            raise InputError(f"resume=false: {path} exists; allowed: another output.dir, or resume=true to keep it")
-        try:
-            found[job.id] = catalog.entry(job.id)
-        except (ValueError, OSError) as error:
-            raise InputError(f"{error}; remove it to have it rendered again") from None
-        theirs = found[job.id].model.get("fingerprint")
-        if theirs != folder.fingerprint:
+def check_links(folder: Path) -> None:
+    """Raises InputError where something in the output folder leads out of it; the folder itself may be a link."""
+    for name in (*FILES, "videos", CLAIMS):
+        if (folder / name).is_symlink():
             raise InputError(
-                f"{path} was made by another model ({found[job.id].model.get('name')}, weights {str(theirs)[:12]}) than"
-                f" is asked for now ({folder.path}, weights {folder.fingerprint[:12]}); allowed: another output.dir"
+                f"output.dir={folder}: {folder / name} is a symbolic link; allowed: one for the output folder itself"
             )
-    for name, entry in found.items():
-        if (theirs := entry.model.get("dtype")) != config.model.dtype:
-            raise InputError(
-                f"model.dtype={config.model.dtype}: the finished {videos / name}.h5 was made in {theirs}; allowed:"
-                f" {theirs}, or another output.dir"
-            )
-    done, todo = partition(jobs, {name: entry.key() for name, entry in found.items()})
-    return todo, done
 
 
 def check_output(folder: Path, need: int) -> None:
@@ -118,7 +99,7 @@ def check_output(folder: Path, need: int) -> None:
                 _try_folder(there)
         for name in FILES:
             if os.path.lexists(folder / name):
-                open(folder / name, "ab").close()
+                os.close(os.open(folder / name, os.O_WRONLY | os.O_NOFOLLOW | os.O_NONBLOCK))
         free = shutil.disk_usage(place).free
     except OSError as error:
         raise InputError(f"output.dir={folder}: cannot be written: {error.filename}: {error.strerror}") from None
@@ -155,7 +136,7 @@ def output_folder(folder: Path, shared: bool = False) -> Iterator[Path]:
     made = [place for place in (videos, *videos.parents) if not os.path.lexists(place)]
     fresh = [folder / name for name in FILES if not (shared or os.path.lexists(folder / name))]
     videos.mkdir(parents=True, exist_ok=True)
-    with open(folder / LOCK, "w") as lock:
+    with open(folder / LOCK, "w", opener=lambda path, flags: os.open(path, flags | os.O_NOFOLLOW, 0o666)) as lock:
         _hold(lock, folder, shared)
         for place in (folder, videos):
             atomic.clean(place)

@@ -1,4 +1,4 @@
-"""The prompts file: from lines to jobs, and which of the jobs are done already.
+"""The prompts file: from lines to jobs.
 
 `.txt`: a prompt a line; empty lines and lines that start with `#` do not count. `.jsonl`: a JSON object a
 line with `prompt`, and where wanted `id`, `negative_prompt` and any key of `sampling`. Every fault is an
@@ -13,7 +13,6 @@ import stat
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from hpcdit.errors import InputError
 from hpcdit.keys import MAX_SEED, SAMPLING_RULES
 from hpcdit.models.loading import ModelShape
 
-LINE_BYTES = 1 << 20
+LINE_BYTES, FILE_BYTES, JOBS = 1 << 20, 1 << 26, 100_000  # each rank holds all jobs
 ID_BYTES = 200  # file systems take names of 255 bytes, and the writer adds to this one
 FIELDS = ("prompt", "id", "negative_prompt", *SAMPLING_RULES)
 ID_ALLOWED = (
@@ -83,6 +82,8 @@ def read(path: Path, defaults: Sampling) -> tuple[Job, ...]:
     for line in _lines(path):
         fields = parse(line)
         if fields is not None:
+            if len(jobs) == JOBS:
+                raise line.error("more videos", f"{JOBS} a file")
             job = _job(len(jobs), line, fields, defaults)
             _check_unique(job, line, lines)
             jobs.append(job)
@@ -100,31 +101,6 @@ def fits(jobs: Iterable[Job], defaults: Sampling, shape: ModelShape) -> None:
             key = str(error).partition(":")[0]
             own = getattr(job.sampling, key) != getattr(defaults, key)
             raise InputError(f"{job.where}: {error}" if own else f"sampling.{error}") from None
-
-
-def partition(jobs: Iterable[Job], records: Mapping[str, Mapping[str, Any]]) -> tuple[tuple[Job, ...], tuple[Job, ...]]:
-    """Splits the jobs into (done, to do). records: `Job.key()` of each finished video, by its id.
-
-    A finished video stays what it is: raises InputError where its id is now asked for with other content.
-    """
-    done, todo, others = [], [], []
-    for job in jobs:
-        if job.id not in records:
-            todo.append(job)
-        elif (asked := _flat(job.key())) == (found := _flat(records[job.id])):
-            done.append(job)
-        else:
-            others.append((job, asked, found))
-    if others:
-        job, asked, found = others[0]
-        key = next(k for k in asked | found if k not in asked or k not in found or asked[k] != found[k])
-        wanted, there = _apart(asked.get(key), found.get(key))
-        many = f" ({len(others)} such videos)" if len(others) > 1 else ""
-        raise InputError(
-            f"{job.where}: {key}: {wanted} is asked for, but the finished videos/{job.id}.h5 has {there}"
-            f"{many}; allowed: the same content, another id, or another output.dir"
-        )
-    return tuple(done), tuple(todo)
 
 
 def estimate_bytes(jobs: Iterable[Job]) -> int:
@@ -145,10 +121,13 @@ def _lines(path: Path) -> Iterator[Line]:
             what = "is a folder" if stat.S_ISDIR(mode) else "is not a regular file"
             raise InputError(f"prompts: {shown(str(path))} {what}; allowed: a .txt or .jsonl file")
         with path.open("rb") as file:
-            number = 0
+            number, size = 0, 0
             while data := file.readline(LINE_BYTES + 1):
-                number += 1
-                yield _line(path, number, data)
+                number, size = number + 1, size + len(data)
+                line = _line(path, number, data)
+                if size > FILE_BYTES:
+                    raise line.error("a larger file", f"{FILE_BYTES} bytes a file")
+                yield line
     except (OSError, ValueError) as error:  # ValueError: a name that no system call takes
         reason = getattr(error, "strerror", error)
         raise InputError(f"prompts: {shown(str(path))}: {reason}; allowed: a file that can be read") from None
@@ -279,19 +258,3 @@ def _shown(value: object) -> str:
     if isinstance(value, dict | list):  # which may be nested too deep to be shown
         return "an object" if isinstance(value, dict) else "a list"
     return shown(value)
-
-
-def _apart(one: object, other: object) -> tuple[str, str]:
-    """Two values as shown, long texts from shortly before the place where they differ."""
-    if isinstance(one, str) and isinstance(other, str):
-        alike = takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False))
-        start = sum(1 for _ in alike) - 20
-        if start > 20:
-            one, other = f"...{one[start:]}", f"...{other[start:]}"
-    return shown(one), shown(other)
-
-
-def _flat(key: Mapping[str, Any]) -> dict[str, Any]:
-    """`{"sampling": {"seed": 1}}` as `{"sampling.seed": 1}`, so that two can be compared value by value."""
-    flat = {name: value for name, value in key.items() if name != "sampling"}
-    return flat | {f"sampling.{name}": value for name, value in key["sampling"].items()}

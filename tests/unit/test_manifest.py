@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from hpcdit.config import Sampling
 from hpcdit.errors import InputError
 from hpcdit.keys import SAMPLING_RULES
-from hpcdit.render.manifest import Job, read
+from hpcdit.render.manifest import FILE_BYTES, JOBS, Job, read
 
+EXAMPLES = int(os.environ.get("HPCDIT_EXAMPLES", "250"))  # of each test of any input
 DEFAULTS = Sampling(
     num_frames=9, height=48, width=80, steps=4, guidance_scale=4.0, seed=7, fps=16, max_sequence_length=32
 )
@@ -235,10 +236,41 @@ def test_a_huge_file_is_not_read_as_a_whole(tmp_path: Path) -> None:
     assert peak < 8 << 20
 
 
+def test_a_file_that_is_larger_than_any_rank_should_hold_is_refused_early(tmp_path: Path) -> None:
+    comment, path = b"#" * ((1 << 20) - 1) + b"\n", tmp_path / "large.txt"
+    with path.open("wb") as file:
+        file.write(b"a cat\n" + comment * (FILE_BYTES // len(comment) - 1))
+    assert len(read(path, DEFAULTS)) == 1
+    with path.open("ab") as file:
+        file.write(comment * 4)
+        file.truncate(1 << 30)
+    tracemalloc.start()
+    with pytest.raises(InputError, match=r"large\.txt:65: a larger file; allowed: 67108864 bytes a file$"):
+        read(path, DEFAULTS)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 8 << 20
+
+
+def test_a_file_has_at_most_so_many_videos(tmp_path: Path) -> None:
+    assert len(jobs_of(tmp_path, "a\n" * JOBS, ".txt")) == JOBS
+    message = error_of(tmp_path, "a\n" * JOBS + "# no\nb\n" * 3, ".txt")
+    assert message == f"prompts.txt:{JOBS + 2}: more videos; allowed: {JOBS} a file"
+
+
+def test_a_line_of_many_small_objects_takes_little_memory(tmp_path: Path) -> None:
+    line = '{"prompt": "a", "id": [' + ",".join(["{}"] * 340_000) + "]}"
+    tracemalloc.start()
+    assert "prompts.jsonl:1: id: a list" in error_of(tmp_path, line)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 64 << 20
+
+
 @given(st.binary(max_size=200) | st.text(max_size=200).map(lambda text: text.encode("utf-8", "surrogatepass")))
 @example(b"\xef\xbb\xbf")
 @example(b'{"prompt": "\\ud800"}')
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=EXAMPLES, deadline=None)
 def test_any_bytes_are_jobs_or_one_line_that_says_why_not(
     tmp_path_factory: pytest.TempPathFactory, data: bytes
 ) -> None:
@@ -256,11 +288,31 @@ FIELDS = st.sampled_from(["prompt", "id", "negative_prompt", "image", *SAMPLING_
 
 
 @given(st.lists(st.dictionaries(FIELDS, JSON, max_size=5) | JSON, max_size=4))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=EXAMPLES, deadline=None)
 def test_any_json_lines_are_jobs_or_one_line_that_says_why_not(
     tmp_path_factory: pytest.TempPathFactory, values: list[Any]
 ) -> None:
     jobs_or_error(tmp_path_factory.getbasetemp(), "\n".join(map(json.dumps, values)).encode(), ".jsonl")
+
+
+# What has broken parsers, put anywhere into a line that is well otherwise.
+NASTY = st.sampled_from([
+    *("\0", "\ud800", "\\ud800", "\\u0000", '"', "\\", "{", "[" * 2000, "1e999", "-0", "9" * 5000, "NaN", "\ufeff"),
+    *("../", "..", "/", "\r", "\n", "\x85", "\u2028", ",", ":", "}", "true", "null", "e\u0301", "İ", "ß", "a" * 300),
+])  # fmt: skip
+WELL = '{"prompt": "a circle", "id": "Größe", "negative_prompt": "mud", "seed": 7, "guidance_scale": 4.5, "steps": 9}'
+
+
+@given(st.lists(st.tuples(st.integers(0, len(WELL)), st.integers(0, 9), NASTY), min_size=1, max_size=3), st.booleans())
+@settings(max_examples=EXAMPLES, deadline=None)
+def test_a_line_with_anything_put_into_it_is_a_job_or_one_line_that_says_why_not(
+    tmp_path_factory: pytest.TempPathFactory, edits: list[tuple[int, int, str]], plain: bool
+) -> None:
+    line = WELL
+    for place, cut, text in edits:
+        line = line[:place] + text + line[place + cut :]
+    data = f"{line}\n{WELL}\n".encode("utf-8", "surrogatepass")
+    jobs_or_error(tmp_path_factory.getbasetemp(), data, ".txt" if plain else ".jsonl")
 
 
 def jobs_or_error(folder: Path, data: bytes, suffix: str) -> None:

@@ -6,7 +6,8 @@ import pytest
 
 from hpcdit.errors import InputError
 from hpcdit.models.loading import ModelShape
-from hpcdit.render.manifest import estimate_bytes, fits, partition
+from hpcdit.render.manifest import estimate_bytes, fits
+from hpcdit.render.resume import partition
 from tests.unit.test_manifest import DEFAULTS, jobs_of
 
 

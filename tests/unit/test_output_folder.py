@@ -1,0 +1,104 @@
+"""What may be in an output folder before a run writes there, and what one run keeps from another."""
+
+import fcntl
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from hpcdit.config import load
+from hpcdit.errors import InputError
+from hpcdit.output import catalog, store
+from hpcdit.output.claims import FOLDER as CLAIMS
+from hpcdit.render import batch
+from hpcdit.render.batch import output_folder, prepare
+from tests.unit.test_store import EVENTS, FRAMES, RECORD
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a", "id": "x"}\n')
+    (tmp_path / "outside" / "folder").mkdir(parents=True)
+    (tmp_path / "outside" / "file").write_text("precious")
+    (tmp_path / "out").mkdir()
+    return tmp_path / "out"
+
+
+def refusal(out: Path, *args: str) -> str:
+    config = load([f"prompts={out.parent / 'p.jsonl'}", f"output.dir={out}", *args])
+    assert config is not None
+    with pytest.raises(InputError) as caught:
+        prepare(config, [0])
+    message = str(caught.value)
+    assert message.isprintable() and (out.parent / "outside" / "file").read_text() == "precious"
+    assert sorted(path.name for path in (out.parent / "outside").iterdir()) == ["file", "folder"]
+    return message
+
+
+@pytest.mark.parametrize("name", ["videos", CLAIMS, *batch.FILES])
+@pytest.mark.parametrize("target", ["folder", "file", "nothing"])
+def test_a_link_in_the_output_folder_is_refused_wherever_it_leads(name: str, target: str, out: Path) -> None:
+    (out / name).symlink_to(out.parent / "outside" / target)
+    message = refusal(out)
+    assert message.endswith(f"{out / name} is a symbolic link; allowed: one for the output folder itself")
+
+
+def test_the_output_folder_itself_may_be_a_link(out: Path) -> None:
+    (out.parent / "scratch").symlink_to(out)
+    config = load([f"prompts={out.parent / 'p.jsonl'}", f"output.dir={out.parent / 'scratch'}"])
+    assert config is not None and len(prepare(config, [0]).todo) == 1
+
+
+@pytest.mark.parametrize(
+    "make", [lambda path: path.symlink_to(path.parents[2] / "outside" / "file"), os.mkfifo, Path.mkdir]
+)
+def test_a_video_that_is_no_file_is_refused_unopened_and_in_the_index_it_has_failed(
+    make: Callable[[Path], None], out: Path
+) -> None:
+    (out / "videos").mkdir()
+    make(out / "videos" / "x.h5")
+    assert refusal(out).endswith("videos/x.h5: not a regular file; remove it to have it rendered again")
+    assert [(row.id, row.status) for row in catalog.rebuild(out).rows] == [("x", "failed")]
+
+
+@pytest.mark.parametrize("name", batch.FILES)
+def test_a_pipe_where_a_file_is_to_be_written_does_not_hang(name: str, out: Path) -> None:
+    os.mkfifo(out / name)
+    assert "cannot be written" in refusal(out)
+
+
+def test_a_link_to_a_video_outside_is_not_taken_for_a_finished_one(out: Path) -> None:
+    store.write_video(out.parent / "x.h5", FRAMES, RECORD, EVENTS)
+    (out / "videos").mkdir()
+    (out / "videos" / "x.h5").symlink_to(out.parent / "x.h5")
+    assert "not a regular file" in refusal(out)
+
+
+def test_one_run_or_several_that_share_hold_a_folder(out: Path) -> None:
+    refused = pytest.raises(InputError, match=r"another run is writing there; allowed: .* queue\.shared=true")
+    with output_folder(out, shared=True), output_folder(out, shared=True), refused:
+        output_folder(out).__enter__()
+    with output_folder(out), pytest.raises(InputError, match="another run is writing there"):
+        output_folder(out, shared=True).__enter__()
+
+
+def test_a_file_system_without_locks_is_no_hindrance(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(descriptor: object, operation: int) -> None:
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", none)
+    for shared in (False, True):
+        with output_folder(out, shared) as videos:
+            path = videos / f"x{shared}.h5"
+            store.write_video(path, FRAMES, RECORD, EVENTS)
+            catalog.note(path, RECORD, 1.0)
+            catalog.rebuild(out).write()
+            assert store.read_record(path) == RECORD and (out / "job.h5").exists()
+
+
+def test_bad_input_that_is_found_late_leaves_nothing_of_a_run_that_shares_removed(out: Path) -> None:
+    with pytest.raises(InputError), output_folder(out, shared=True):
+        (out / "job.h5").write_text("of another run")
+        raise InputError("a model that does not load")
+    assert (out / "job.h5").exists()
