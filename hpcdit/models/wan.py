@@ -21,6 +21,7 @@ from hpcdit.command_line import one_line
 from hpcdit.errors import InputError, VideoError
 
 from .base import Adapter, Conditions, Halves, Sequence
+from .encodings import Encodings
 from .graphs import Replayed
 from .loading import WEIGHTS, ModelFolder, check_loaded, shape
 
@@ -145,6 +146,7 @@ class Wan(Adapter):
         self._split = Split(pipe.transformer)
         self._replayed = pipe.transformer.forward if isinstance(pipe.transformer.forward, Replayed) else None
         self._guidance = Guidance(pipe.transformer)
+        self._encodings = Encodings(self._encode)
 
     @classmethod
     def load(
@@ -184,11 +186,16 @@ class Wan(Adapter):
 
     @torch.no_grad()
     def encode(self, prompt: str, negative_prompt: str, guided: bool, max_sequence_length: int) -> Conditions:
-        texts = [prompt, negative_prompt] if guided else [prompt]
-        ids = self._pipe.tokenizer([prompt_clean(text) for text in texts], verbose=False).input_ids
-        cut = [max(len(tokens) - max_sequence_length, 0) for tokens in ids]
-        encoded = self._pipe.encode_prompt(prompt, negative_prompt, guided, max_sequence_length=max_sequence_length)
-        return Conditions(*encoded, *cut)
+        positive, prompt_cut = self._encodings(prompt, max_sequence_length)
+        if not guided:
+            return Conditions(positive, None, prompt_cut)
+        negative, negative_cut = self._encodings(negative_prompt, max_sequence_length)
+        return Conditions(positive, negative, prompt_cut, negative_cut)
+
+    def _encode(self, text: str, max_sequence_length: int) -> tuple[Tensor, int]:
+        tokens = self._pipe.tokenizer(prompt_clean(text), verbose=False).input_ids
+        encoded, _ = self._pipe.encode_prompt(text, None, False, max_sequence_length=max_sequence_length)
+        return encoded, max(len(tokens) - max_sequence_length, 0)
 
     def noise(self, seed: int, num_frames: int, height: int, width: int) -> Tensor:
         generator = torch.Generator("cpu").manual_seed(seed)
