@@ -114,6 +114,13 @@ class Output:
 
 
 @dataclass(frozen=True)
+class Failures:
+    """`max`: so many failed videos end the run; None: none do."""
+
+    max: int | None
+
+
+@dataclass(frozen=True)
 class Trace:
     """0: nothing, 1: stages and steps, 2: also every transfer and attention call."""
 
@@ -130,6 +137,7 @@ PARTS = {
     "plan": PlanSpec,
     "queue": QueueSpec,
     "output": Output,
+    "failures": Failures,
     "trace": Trace,
 }
 
@@ -149,6 +157,7 @@ class Config:
     plan: PlanSpec
     queue: QueueSpec
     output: Output
+    failures: Failures
     trace: Trace
 
     def to_dict(self) -> dict[str, Any]:

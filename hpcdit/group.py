@@ -15,13 +15,14 @@ from typing import Any, TypeVar, cast
 import numpy as np
 from mpi4py import MPI
 
-from .errors import InputError
+from .errors import BrokenRun, InputError, Stopped
 from .heartbeats import CHECK_S, Heartbeats
 from .service import Service
 
 T = TypeVar("T")
 
 NAP_S = 50e-6, 1e-3  # first and longest nap of a wait
+FATAL = BrokenRun, Stopped, MPI.Exception  # what is no failure of one video, but of what ranks talk through
 
 
 def split(comm: MPI.Comm, color: int, key: int) -> MPI.Intracomm:

@@ -181,6 +181,7 @@ RULES: Mapping[str, Rule] = {
     "output.dir": _path("a folder"),
     "output.compression": _choice("gzip", "lzf", "none"),
     "output.video": _choice("none", "mp4"),
+    "failures.max": _integer(1, null="the others go on, however many fail"),
     "trace.level": _integer(0, 2),
 }
 

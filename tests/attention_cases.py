@@ -9,6 +9,7 @@ import torch
 from hpcdit.attention.executor import Attention, Gather, Spans
 from hpcdit.attention.methods import schedule
 from hpcdit.attention.schedule import Shape
+from hpcdit.attention.session import SequenceParallel
 from hpcdit.kernels import cpu
 from hpcdit.kernels.base import Kernels
 from hpcdit.mesh import cut
@@ -56,6 +57,23 @@ class Case:
         """torch's own attention in float64: [B, L, H, D]."""
         q, k, v = (x.transpose(1, 2) for x in self.tensors(layer))
         return torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+
+    @property
+    def channels(self) -> int:
+        return self.shape.heads * self.shape.dim
+
+    def session(self, transport: Transport) -> SequenceParallel:
+        made = schedule(self.method, self.ulysses, self.ring, self.pieces, self.groups)
+        return SequenceParallel(made, self.shape, transport, cpu, torch.float64, UNTIMED, self.channels)
+
+    def layer(self, session: SequenceParallel, layer: int) -> float:
+        """The largest error of this rank's attention in one layer."""
+        tokens = slice(session.tokens.start, session.tokens.stop)
+        own = dict(zip("qkv", self.tensors(layer)[:, :, tokens], strict=True))
+        for name in session.tensors:
+            session.publish(name, own[name])
+        error = session.attend() - self.reference(layer)[:, tokens]
+        return float(error.abs().max()) if error.numel() else 0.0
 
     def run(
         self, transport: Transport, dtype: torch.dtype = torch.float64, kernels: Kernels = cpu

@@ -41,6 +41,8 @@ class Replay:
         self.exchange: Exchange = transport.exchange(placement.pattern(dtype))
         self._set = 0
         self._open = False
+        self.at = 0  # steps of this round that are done
+        self._published = set[Piece]()
         self.device, self.dtype = torch.device("cpu"), dtype  # the device is that of what is published
         leaving = (p for source, _, p in placement.crossings if source == p.tokens == self.rank)
         own, slots = placement.schedule.own(self.rank), placement.schedule.slots
@@ -109,7 +111,9 @@ class Replay:
 
     def signal(self, tensor: str, slot: int) -> None:
         """Says that this rank's block of `tensor` and of a head slot is written."""
-        self.exchange.signal(self.placement.place(Piece(tensor, self.rank, slot), self.rank))
+        piece = Piece(tensor, self.rank, slot)
+        self.exchange.signal(self.placement.place(piece, self.rank))
+        self._published.add(piece)
 
     def pull(self, step: Pull) -> None:
         """Returns when the piece is readable; brings it to its place among this rank's pieces if it has one."""
@@ -136,7 +140,30 @@ class Replay:
     def finish(self) -> None:
         """Ends the round: nothing of it is still leaving this rank's memory."""
         self.exchange.quiet()
-        self._open = False
+        self._open, self.at = False, 0
+        self._published.clear()
+
+    def drain(self) -> None:
+        """Goes through the rest of this round, or through the next, with whatever lies in memory.
+
+        Nothing is computed or copied; but what others wait for they get, and what they send is waited for.
+        """
+        if not self._open:
+            self._set, self._open = self.exchange.begin(), True
+        own = [p for p in self.placement.blocks[self.rank] if p.tokens == self.rank]
+        for piece in own:
+            if piece.tensor != "o" and piece not in self._published:
+                self.signal(piece.tensor, piece.heads)
+        for step in self.steps[self.at :]:
+            match step:
+                case Pull(piece, _):
+                    self.exchange.wait(self.placement.place(piece, self.placement.holder(piece, self.rank)))
+                case Push(piece, _):
+                    self.exchange.signal(self.placement.landing(piece, self.rank))
+        for piece in own:
+            if piece.tensor == "o":
+                self.exchange.wait(self.placement.place(piece, self.rank))
+        self.finish()
 
     def close(self) -> None:
         self.exchange.close()
@@ -161,7 +188,7 @@ class Attention:
         self.kernels, self.spans = kernels, spans
         self.replay = Replay(self.placement, transport, kernels, dtype, spans)
         self.tensors, self.publish, self.project = self.replay.tensors, self.replay.publish, self.replay.project
-        self.close = self.replay.close
+        self.close, self.drain = self.replay.close, self.replay.drain
 
     def attend(self) -> torch.Tensor:
         """The attention output of this rank's tokens, all heads: [B, tokens, H, D]."""
@@ -174,6 +201,7 @@ class Attention:
                     self._attend(step, partial)
                 case Push(piece, _):
                     self._push(piece, partial.pop((piece.tokens, piece.heads)))
+            self.replay.at += 1
         out = self._collect({slot: found for (_, slot), found in partial.items()})
         self.replay.finish()
         return out
@@ -267,7 +295,7 @@ class Gather:
         schedule = Schedule.of("gather", gather_method, Mesh(("ring", transport.size)))
         placement = Placement(schedule, Shape(batch, length, 1, channels), tuple(transport.spaces))
         self.replay = Replay(placement, transport, kernels, dtype, spans)
-        self.close = self.replay.close
+        self.close, self.drain = self.replay.close, self.replay.drain
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """x: this rank's [B, tokens, C]; returns [B, L, C]."""
@@ -276,6 +304,7 @@ class Gather:
         for step in replay.steps:
             assert isinstance(step, Pull)
             replay.pull(step)
+            replay.at += 1
         pieces = [Piece("x", rank, 0) for rank in range(len(replay.placement.tokens))]
         parts = [replay.view([piece], replay.rank) for piece in pieces]
         out = torch.cat([part for part in parts if part is not None])[:, :, 0]

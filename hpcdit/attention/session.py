@@ -23,27 +23,50 @@ class SequenceParallel:
         kernels: Kernels,
         dtype: torch.dtype,
         spans: Spans,
+        channels: int,
     ) -> None:
+        """channels: of the tokens that a pass ends with."""
         self.shape = shape
         self.tokens = cut(shape.length, transport.size)[transport.rank]
         self._attention = Attention(schedule, shape, transport, kernels, dtype, spans)
-        self._gather: Gather | None = None
-        self._transport, self._kernels, self._spans = transport, kernels, spans
+        self._gather = Gather(shape.batch, shape.length, channels, transport, kernels, dtype, spans)
+        self._transport = transport
         self.tensors, self.publish = self._attention.tensors, self._attention.publish
-        self.project, self.attend = self._attention.project, self._attention.attend
+        self.project = self._attention.project
+        self.passes = 0  # that have ended
+        self._rounds = 0  # of the pass at hand
+
+    @property
+    def shared(self) -> bool:
+        """Whether other ranks have a part in it."""
+        return self._transport.size > 1
+
+    def attend(self) -> torch.Tensor:
+        """The attention of this rank's queries, [B, tokens, H, D]: the end of a round."""
+        out = self._attention.attend()
+        self._rounds += 1
+        return out
 
     def gather(self, x: torch.Tensor) -> torch.Tensor:
         """All ranks' tokens of x [B, tokens, C], on every rank: [B, L, C]."""
-        if self._gather is None:
-            batch, _, channels = x.shape
-            self._gather = Gather(
-                batch, self.shape.length, channels, self._transport, self._kernels, x.dtype, self._spans
-            )
         whole = self._gather(x)
-        self._transport.join()
+        self._end_pass()
         return whole
+
+    def _end_pass(self) -> None:
+        self._transport.join()
+        self.passes, self._rounds = self.passes + 1, 0
+
+    def drain(self, rounds: int) -> None:
+        """Ends the pass at hand, or the next one, of so many rounds, without computing: others need not wait.
+
+        For a rank that cannot go on where it was, so that all come to the end of the pass. What they get is junk.
+        """
+        for _ in range(rounds - self._rounds):
+            self._attention.drain()
+        self._gather.drain()
+        self._end_pass()
 
     def close(self) -> None:
         self._attention.close()
-        if self._gather is not None:
-            self._gather.close()
+        self._gather.close()

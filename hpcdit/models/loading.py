@@ -50,6 +50,11 @@ class ModelShape:
         """Length L of the sequence that self-attention sees, for a video of a legal size."""
         return math.prod(n // p for n, p in zip(self.latents(num_frames, height, width)[1:], self.patch, strict=True))
 
+    @property
+    def token_channels(self) -> int:
+        """Numbers of one token as the transformer gives it out."""
+        return self.latent_channels * math.prod(self.patch)
+
     def legal(self, num_frames: int, height: int, width: int) -> None:
         """Raises InputError naming the first size that the model cannot make, and the nearest that it can."""
         step = self.vae_temporal * self.patch[0]

@@ -13,15 +13,17 @@ from ..attention.executor import Spans
 from ..attention.schedule import Shape
 from ..attention.session import SequenceParallel
 from ..device import Device
-from ..errors import Stopped
-from ..group import Group
-from ..models.base import Adapter, Conditions, Halves
+from ..errors import InputError, Stopped
+from ..group import FATAL, Group
+from ..models.base import Adapter, Conditions
 from ..output.trace import EVENT, Trace
 from ..planner.plans import Plan
 from ..transport.base import Transport
+from .groups import Halves
 from .manifest import Job
 from .queue import Queue
 from .stages import Denoised, Finisher
+from .together import GivenUp, Position, Together, release
 
 
 @dataclass
@@ -29,7 +31,8 @@ class Engine:
     """One group's render loop. Groups share the queue, and wait for each other in the end alone.
 
     number: of the group; group: the ranks that share videos; transport: between those of them that share sequences;
-    halves: where each of two parts computes one prediction of guidance; plan: the layout for a shape.
+    halves: where each of two parts computes one prediction of guidance; graph: whether the adapter replays passes as
+    CUDA graphs; plan: the layout for a shape, where bytes are given one that stays below them.
     """
 
     number: int
@@ -39,13 +42,17 @@ class Engine:
     adapter: Adapter
     device: Device
     dtype: torch.dtype
-    plan: Callable[[Shape], Plan]
+    graph: bool
+    plan: Callable[[Shape, int | None], Plan]
     finisher: Finisher
     trace: Trace
     queue: Queue
     _session: SequenceParallel | None = None
     _plan: Plan | None = None
     _count: int = 0  # videos that this group has denoised
+
+    def __post_init__(self) -> None:
+        self._together = Together(self.group, self.queue.stopping, lambda trace: self._tell("trace", text=trace))
 
     @property
     def _leads(self) -> bool:
@@ -57,7 +64,6 @@ class Engine:
         cut = False
         try:
             while batch := self._next():
-                self._check_stop()
                 self._render([jobs[position] for position in batch])
         except Stopped:  # the only error that all ranks raise together, so that they can still end together
             cut = True
@@ -70,31 +76,79 @@ class Engine:
     def _next(self) -> list[int]:
         return list(self.group.broadcast(self.queue.next() if self._leads else None, "the next videos"))
 
-    def _render(self, jobs: Sequence[Job]) -> None:
+    def _render(self, jobs: Sequence[Job], below: int | None = None) -> None:
+        """Renders videos together; where that fails one by one, and one for which memory is short once more.
+
+        below: bytes that a rank's plan has to stay below.
+        """
+        started = time.perf_counter()
+        failure = self._attempt(jobs, below)
+        if failure is None:
+            return
+        release()
+        if len(jobs) > 1:
+            self._tell("again", ids=[job.id for job in jobs], reason=failure.reason, how="one by one")
+            for job in jobs:
+                self._render([job])
+        elif failure.memory and below is None and self._plan is not None:
+            self._collect(wait=True)  # what is decoded meanwhile takes memory, too
+            self._tell("again", ids=[jobs[0].id], reason=failure.reason, how="by the smallest plan that there is")
+            self._render(jobs, self._plan.memory_bytes)
+        else:
+            seconds = time.perf_counter() - started
+            self._tell("ended", id=jobs[0].id, status="failed", seconds=seconds, reason=failure.reason)
+
+    def _attempt(self, jobs: Sequence[Job], below: int | None) -> GivenUp | None:
+        """Renders videos together, but for what their owners have yet to finish; or why that is given up."""
         started, s = time.perf_counter(), jobs[0].sampling
-        session = self._open(len(jobs), self.adapter.shape.tokens(s.num_frames, s.height, s.width))
-        self._tell("begins", ids=[job.id for job in jobs], plan=str(self._plan))
-        with self.trace.span("encode", "compute"):
-            conditions = stack([self._encode(job) for job in jobs])
-        noise = [self.adapter.noise(job.sampling.seed, s.num_frames, s.height, s.width) for job in jobs]
-        step_start = self.trace.now()
-
-        def on_step(step: int) -> None:
-            nonlocal step_start
-            self.transport.await_stream(f"step {step + 1}")
-            self.trace.record("step", "compute", step_start, self.trace.now())
-            self._tell("step", ids=[job.id for job in jobs], step=step)
-            if step + 1 < s.steps:  # after the last one there is only the writing left
-                self._check_stop()
-            step_start = self.trace.now()
-
-        latents = self.adapter.denoise(
-            conditions, torch.cat(noise), s.steps, s.guidance_scale, session, on_step, self.halves
-        )
+        try:
+            session = self._open(len(jobs), self.adapter.shape.tokens(s.num_frames, s.height, s.width), below)
+            self._tell("begins", ids=[job.id for job in jobs], plan=str(self._plan))
+            with self._together.stage("while encoding"), self.trace.span("encode", "compute"):
+                conditions = stack([self._encode(job) for job in jobs])
+                noise = [self.adapter.noise(job.sampling.seed, s.num_frames, s.height, s.width) for job in jobs]
+            latents = self._denoise(jobs, conditions, torch.cat(noise), session)
+        except GivenUp as failure:
+            self.trace.take()
+            return failure.with_traceback(None)  # which would hold on to all that was computed
         events = self.trace.take().tobytes()
         for i, job in enumerate(jobs):
             self._hand_over(job, len(jobs), latents[i : i + 1], events, started)
         self._collect()
+        return None
+
+    def _denoise(
+        self, jobs: Sequence[Job], conditions: Conditions, noise: torch.Tensor, session: SequenceParallel
+    ) -> torch.Tensor:
+        """The latents of all `jobs`. Raises GivenUp or Stopped, on all ranks at the end of the same step."""
+        s, ids, ended = jobs[0].sampling, [job.id for job in jobs], 0
+        guided = self.adapter.guided(s.guidance_scale)
+        halves = self.halves if guided else None
+        passes = 2 if guided and halves is None else 1
+        position = Position(session, self.adapter.shape.layers, passes, halves, self.graph)
+        step_start = self.trace.now()
+
+        def on_step(step: int) -> None:
+            nonlocal step_start, ended
+            self.transport.await_stream(f"step {step + 1}")
+            self.trace.record("step", "compute", step_start, self.trace.now())
+            self._tell("step", ids=ids, step=step)
+            # After the last one there is only the writing left.
+            self._together.agree(may_stop=step + 1 < s.steps)
+            position.begin_step()
+            ended, step_start = step + 1, self.trace.now()
+
+        try:
+            return self.adapter.denoise(conditions, noise, s.steps, s.guidance_scale, session, on_step, self.halves)
+        except (GivenUp, *FATAL):
+            raise
+        except Exception as error:
+            if ended == s.steps:  # the others have left the loop
+                raise
+            failure = self._together.failure(error, f"in step {ended + 1} of {s.steps}")
+        position.drain(torch.zeros(noise.shape, dtype=self.dtype))
+        self._together.agree(failure)
+        raise AssertionError("a failure is agreed on")
 
     def _encode(self, job: Job) -> Conditions:
         limit = job.sampling.max_sequence_length
@@ -116,28 +170,35 @@ class Engine:
             # A copy: the rest of the batch need not stay in memory for it.
             self.finisher.submit(Denoised(job, plan, latents.to("cpu", copy=True), every, started))
 
-    def _open(self, batch: int, length: int) -> SequenceParallel:
-        """The attention session for so many sequences of `length` tokens: the last one's, if it fits."""
+    def _open(self, batch: int, length: int, below: int | None = None) -> SequenceParallel:
+        """The attention session for so many sequences of `length` tokens: the last one's, if it fits.
+
+        below: bytes that the plan stays below if it can. Raises GivenUp where no layout fits into memory.
+        """
         shape = Shape(batch, length, self.adapter.shape.heads, self.adapter.shape.head_dim)
+        if self._session is not None and self._session.shape == shape and below is None:
+            return self._session
+        try:
+            plan = self.plan(shape, below)
+        except InputError as error:
+            if below is None or self._plan is None:
+                raise GivenUp(str(error)) from None
+            plan = self._plan
         if self._session is not None:
-            if self._session.shape == shape:
-                return self._session
             self._session.close()
-        self._plan = self.plan(shape)
+        self._plan = plan
         schedule = self._plan.schedule()
         check(schedule, self.transport.nodes)
         spans = Spans(self.trace.recorder(level=2), self.trace.now)
-        self._session = SequenceParallel(schedule, shape, self.transport, self.device.kernels, self.dtype, spans)
+        channels = self.adapter.shape.token_channels
+        self._session = SequenceParallel(
+            schedule, shape, self.transport, self.device.kernels, self.dtype, spans, channels
+        )
         return self._session
 
     def _tell(self, what: str, **note: object) -> None:
         if self._leads:
             self.queue.tell(what=what, group=self.number, **note)
-
-    def _check_stop(self) -> None:
-        """Raises Stopped on all ranks of the group at the same step if any knows that the run is to stop."""
-        if self.group.largest(self.queue.stopping(), "the end of a step"):
-            raise Stopped
 
     def _collect(self, wait: bool = False) -> None:
         """Tells the report what has ended on any rank of the group."""

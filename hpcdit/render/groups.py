@@ -59,6 +59,7 @@ class Halves:
         self._pair = groups.cluster.part(groups.replica.across(2))
         self._transport, self._kernels = network.transport(self._pair), network.device.kernels
         self._gathers: dict[tuple[torch.Size, torch.dtype], Gather] = {}
+        self.swaps = 0  # that have ended
         self._lane, self._trace = "intra" if self._pair.node_count == 1 else "inter", trace
 
     def swap(self, mine: torch.Tensor) -> torch.Tensor:
@@ -66,8 +67,17 @@ class Halves:
         count = rows.shape[1]
         with self._trace.span("exchange cfg", self._lane, mine.nbytes):
             both = self._gather(mine)(rows)
-            self._transport.join()
+            self._end_swap()
         return both[0, (1 - self.index) * count :][:count].view(mine.shape)
+
+    def _end_swap(self) -> None:
+        self._transport.join()
+        self.swaps += 1
+
+    def drain(self, junk: torch.Tensor) -> None:
+        """Ends the swap at hand, or the next one, for a rank that has nothing to give. junk: like what is swapped."""
+        self._gather(junk).drain()
+        self._end_swap()
 
     def _gather(self, mine: torch.Tensor) -> Gather:
         """That for such tensors; of one kind at a time, as videos are."""

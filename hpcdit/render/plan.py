@@ -45,7 +45,7 @@ def workload(model: ModelShape, sampling: Sequence[Sampling], dtype: str, batch:
         itemsize=itemsize(dtype),
         text_tokens=largest.max_sequence_length,
         latents=prod(model.latents(*sizes)),
-        out_channels=model.latent_channels * prod(model.patch),
+        out_channels=model.token_channels,
         batch=batch or 1,
     )
 

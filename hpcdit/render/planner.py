@@ -32,7 +32,7 @@ class Planner:
         self.batch = plan_batch(work, nodes, costs, fixed(config.parallel))
         self._fixed = replace(fixed(config.parallel), replicas=self.batch.replicas, cfg=self.batch.cfg)
         self._share = groupings(nodes, work.guided, self._fixed)[0].share
-        self._plans: dict[tuple[Shape, tuple[int, ...]], Plan] = {}
+        self._plans: dict[tuple[Shape, tuple[int, ...], int | None], Plan] = {}
 
     @classmethod
     def measured(
@@ -43,12 +43,17 @@ class Planner:
         costs = overridden(measured, config.cluster.costs)
         return cluster.world.together(lambda: cls(work, cluster.nodes, costs, config), "the plan")
 
-    def __call__(self, shape: Shape, nodes: Sequence[int]) -> Plan:
-        """The plan for layers of `shape` in a group whose ranks lie on `nodes`, worked out once."""
-        key = shape, tuple(nodes)
+    def __call__(self, shape: Shape, nodes: Sequence[int], below: int | None = None) -> Plan:
+        """The plan for layers of `shape` in a group whose ranks lie on `nodes`, worked out once.
+
+        below: bytes that a rank has to stay below. Raises InputError where no layout fits into memory.
+        """
+        key = shape, tuple(nodes), below
         if key not in self._plans:
             work = replace(self._work, tokens=shape.length, batch=shape.batch)
-            plan = plan_group(work, nodes, self.costs, self._fixed, self._share)
+            memory = self.costs.memory_bytes if below is None else min(self.costs.memory_bytes, below - 1)
+            costs = replace(self.costs, memory_bytes=memory)
+            plan = plan_group(work, nodes, costs, self._fixed, self._share)
             elsewhere = [p for p in self.batch.others if (p.replicas, p.cfg) != (plan.replicas, plan.cfg)]
             self._plans[key] = replace(plan, others=(*plan.others, *elsewhere))
         return self._plans[key]

@@ -87,6 +87,10 @@ class Report:
                 self.log.warning("%s: %s", job_id, what)
             case {"what": "step", "group": group, "ids": ids, "step": step}:
                 self.step(group, ids, step)
+            case {"what": "again", "ids": ids, "reason": reason, "how": how}:
+                self.log.warning("%s: %s; once more, %s", ", ".join(ids), reason, how)
+            case {"what": "trace", "text": text}:
+                self.log.error("%s", text.rstrip())
             case {"what": "ended", "id": job_id, "status": status, "seconds": seconds, "reason": reason}:
                 self.ended(job_id, status, seconds, reason)
             case {"what": "idle", "group": group}:
@@ -129,7 +133,7 @@ class Report:
         if not now and not self._terminal and elapsed - self._shown < LINE_S:
             return
         self._shown = elapsed
-        left = elapsed / self._steps * (self._all_steps - self._steps) if self._steps else 0.0
+        left = elapsed / self._steps * max(self._all_steps - self._steps, 0) if self._steps else 0.0
         there = f" ({self._there} were there)" if self._there else ""
         line = f"{self._done}/{len(self._work)} videos{there}, {what}, {clock(left)} left"
         if self._terminal:

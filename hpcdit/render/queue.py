@@ -42,15 +42,18 @@ class Queue:
 
     def __init__(
         self, world: Group, groups: int, todo: Source, stop: StopRequest,
-        hear: Callable[[dict[str, Any]], None] | None,
+        hear: Callable[[dict[str, Any]], None] | None, most_failures: int | None = None,
     ) -> None:  # fmt: skip
         """todo: what to hand out, and `hear`: what to do with notes, in the main thread; on rank 0.
+
+        most_failures: after so many failed videos nothing more is handed out; None: whatever fails.
 
         Collective over the world.
         """
         self._world, self._stop, self._hear = world, stop, hear
         self._left, self._notes = todo, deque[dict[str, Any]]()
         self._working, self._cut, self._by = groups, False, ""
+        self._failed, self._most_failures = 0, most_failures
         self._told = False
         self._desk = Desk(world)
         self._desk.open(self._answer)
@@ -59,7 +62,7 @@ class Queue:
         """Rank 0's answer, in the service thread or its main thread."""
         match note.pop("kind"):
             case "next":
-                return self._left.take() if self._left and not self._by else []
+                return self._left.take() if self._left and not self._by and not self._enough else []
             case "stop":
                 self._by = self._by or note["by"]
                 self._desk.ring(STOPS)
@@ -68,9 +71,14 @@ class Queue:
                 self._working -= 1
             case "note":
                 self._notes.append(note["note"])
+                self._failed += note["note"].get("status") == "failed"
                 if note["note"].get("what") == "ended":
                     self._left.ended(note["note"]["id"])
         return None
+
+    @property
+    def _enough(self) -> bool:
+        return self._most_failures is not None and self._failed >= self._most_failures
 
     def next(self) -> list[int]:
         """What a leader's group is to render next; empty if nothing is left or the run stops."""
@@ -99,7 +107,7 @@ class Queue:
     def end(self, leader: bool, cut: bool) -> None:
         """Returns when all groups have ended. Raises Stopped on all ranks if any had to give up videos; collective.
 
-        cut: whether this group gave up what it was at.
+        cut: whether this group gave up what it was at. What is left after too many failures is nobody's wish to stop.
         """
         if leader:
             self._desk.tell({"kind": "end", "cut": cut})
@@ -111,7 +119,7 @@ class Queue:
         else:  # a signal that reaches a rank whose group has nothing left is for the others, too
             world.wait(lambda: bool(self.stopping() or self._desk.rung() >= 0), range(world.size), what)
         self._desk.close()
-        given_up, by = world.broadcast([self._cut or bool(self._left), self._by], what)
+        given_up, by = world.broadcast([self._cut or bool(self._left and not self._enough), self._by], what)
         if given_up:
             raise Stopped(f"stopped on request{f' ({by})' * bool(by)}; the same command resumes")
 

@@ -127,10 +127,10 @@ def _render(
     events = world.gather(trace.take().tobytes(), 0, "the events of the job")
     if report:
         report.events = np.frombuffer(b"".join(events), EVENT)
-    queue = Queue(world, plan.replicas, todo, stop, report.hear if report else None)
+    queue = Queue(world, plan.replicas, todo, stop, report.hear if report else None, config.failures.max)
     engine = Engine(
-        groups.number, groups.replica, transport, halves, adapter, device, dtype,
-        lambda shape: planner(shape, transport.nodes), finisher, trace, queue,
+        groups.number, groups.replica, transport, halves, adapter, device, dtype, graph,
+        lambda shape, below: planner(shape, transport.nodes, below), finisher, trace, queue,
     )  # fmt: skip
     stopped: Stopped | None = None
     try:
@@ -237,9 +237,9 @@ def _log_processes(world: World, cluster: Cluster, report: Report | None) -> Non
 
 def _summary(folder: Path, report: Report, there: int, shared: bool) -> None:
     text = f"{report.done} videos done in {clock(report.seconds)}"
-    text += f", {there} were there" * bool(there) + f", {report.failed} failed (see job.h5 and run.log)" * bool(
-        report.failed
-    )
-    text += f", {report.pending} by other runs" * bool(shared and report.pending)
+    text += f", {there} were there" * bool(there)
+    text += f", {report.failed} failed (see job.h5 and run.log)" * bool(report.failed)
+    if report.pending:
+        text += f", {report.pending} {'by other runs' if shared else 'not begun (failures.max)'}"
     report.log.info(text)
     say(f"hpcdit: {text}: {folder / 'videos'}", sys.stdout)

@@ -19,6 +19,7 @@ from ..output.record import VideoRecord
 from ..output.store import write_video
 from ..output.trace import Trace
 from .manifest import Job
+from .together import release, short_of_memory, told
 
 
 @dataclass(frozen=True)
@@ -94,8 +95,7 @@ class Finisher:
                 raise FileExistsError
             if not torch.isfinite(video.latents).all():
                 raise VideoError("the latents hold values that are not numbers")
-            with self._trace.span("decode", "compute"), self._device.stream():
-                frames = self._adapter.decode(video.latents)
+            frames = self._decode(video.latents)
             check_picture(frames)
             self._write(video, frames)
         except VideoError as error:
@@ -108,8 +108,22 @@ class Finisher:
             where = self._folder / f"{job.id}.h5"
             why = f"{where} cannot be written: {error.strerror or error}"
             raise BrokenRun(f"{why}; finished videos are whole, the same command resumes") from error
+        except Exception as error:
+            done = replace(done, status="failed", reason=f"while decoding and writing: {told(error)}")
         self._trace.take()  # nothing is left, unless the video has no file
         return replace(done, seconds=time.perf_counter() - video.started)
+
+    def _decode(self, latents: torch.Tensor) -> np.ndarray:
+        """The frames; where memory was short once more, when what nobody needs is given up."""
+        for last in (False, True):
+            try:
+                with self._trace.span("decode", "compute"), self._device.stream():
+                    return self._adapter.decode(latents)
+            except Exception as error:
+                if last or not short_of_memory(error):
+                    raise
+            release()
+        raise AssertionError
 
     def _write(self, video: Denoised, frames: np.ndarray) -> None:
         start = self._trace.now()

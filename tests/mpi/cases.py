@@ -88,7 +88,7 @@ def wan_frames(comm: MPI.Comm, checkpoint: str, reference: str) -> Any:
     folder, expected = inspect(Path(checkpoint)), np.load(reference)
     adapter = Wan.load(folder)
     shape = Shape(1, adapter.shape.tokens(*SIZE), adapter.shape.heads, adapter.shape.head_dim)
-    noise = adapter.noise(SEED, *SIZE)
+    channels, noise = adapter.shape.token_channels, adapter.noise(SEED, *SIZE)
     torch.set_num_threads(1)
 
     def body(world: World) -> tuple[int, int]:
@@ -101,7 +101,7 @@ def wan_frames(comm: MPI.Comm, checkpoint: str, reference: str) -> Any:
                 guided = count % 2 == 0
                 transport = MpiTransport(nodes, WIRES[count // 2 % 2])
                 parallel = SequenceParallel(
-                    schedule(method, ulysses, ring), shape, transport, cpu, torch.float32, UNTIMED
+                    schedule(method, ulysses, ring), shape, transport, cpu, torch.float32, UNTIMED, channels
                 )
                 conditions = adapter.encode(PROMPT, NEGATIVE, guided, LENGTH)
                 latents = adapter.denoise(conditions, noise, STEPS, 4.0 if guided else 1.0, parallel, lambda step: None)

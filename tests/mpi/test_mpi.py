@@ -13,13 +13,14 @@ import h5py
 import numpy as np
 import pytest
 
-from tests.mpi import cases
+from tests.mpi import cases, failing
+from tests.system.program import statuses
 
 
-def mpirun(ranks: int, case: str, *args: str, timeout_s: float = 400) -> Any:
-    """What a case of cases.py returns on rank 0."""
+def mpirun(ranks: int, case: str, *args: str, module: str = "tests.mpi.cases", timeout_s: float = 400) -> Any:
+    """What a case of the module returns on rank 0."""
     command = [str(Path(sys.executable).parent / "mpirun"), "-n", str(ranks), sys.executable]
-    command += ["-m", "tests.mpi.under_mpi", "tests.mpi.cases", case, *args]
+    command += ["-m", "tests.mpi.under_mpi", module, case, *args]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s)
     assert ended.returncode == 0, ended.stdout[-2000:] + ended.stderr[-4000:]
     (result,) = [line for line in ended.stdout.splitlines() if line.startswith("RESULT ")]
@@ -190,3 +191,59 @@ def test_a_stop_that_one_rank_hears_of_ends_all_groups(tiny: tuple[Path, Path], 
     log = (tmp_path / "out" / "run.log").read_text()
     assert "stopped on request (SIGTERM)" in log
     assert log.count(": starts") == min(videos, 2) and ": done" not in log
+
+
+Requests = tuple[Path, dict[str, np.ndarray]]
+
+
+def check(out: Path, requests: Requests, failed: set[str]) -> dict[str, tuple[str, str]]:
+    """That all videos but those are there and right; returns what job.h5 says of each."""
+    found = statuses(out)
+    assert {own for own, (status, _) in found.items() if status == "failed"} == failed, found
+    for own, expected in requests[1].items():
+        path = out / "videos" / f"{own}.h5"
+        assert path.exists() == (own not in failed)
+        if path.exists():
+            with h5py.File(path) as file:
+                assert abs(file["frames"][:].astype(int) - expected).max() <= 1, own
+    return found
+
+
+def test_a_rank_that_fails_anywhere_costs_one_video(
+    tiny: tuple[Path, Path], requests: Requests, tmp_path: Path
+) -> None:
+    args = str(tiny[0]), str(requests[0]), str(tmp_path)
+    codes = mpirun(4, "renders", *args, "METHODS", module="tests.mpi.failing")
+    assert len(codes) == len(failing.METHODS)
+    for run in failing.METHODS:
+        assert codes[run.name()] == 3, run.name()
+        reason = check(tmp_path / run.name(), requests, {"a"})["a"][1]
+        assert "ZeroDivisionError: a bug" in reason, reason
+        assert f"rank {run.fault.rank}" in reason or run.fault.where == "decode"
+
+
+def test_a_lack_of_memory_is_met_with_less_at_a_time(
+    tiny: tuple[Path, Path], requests: Requests, tmp_path: Path
+) -> None:
+    args = str(tiny[0]), str(requests[0]), str(tmp_path)
+    codes = mpirun(4, "renders", *args, "MEMORY", module="tests.mpi.failing")
+    once, twice, batch, decode = (run.name() for run in failing.MEMORY)
+    assert codes == {once: 0, twice: 3, batch: 0, decode: 0}
+    for name in codes:
+        found = check(tmp_path / name, requests, {"a"} if name == twice else set())
+        log = (tmp_path / name / "run.log").read_text()
+        assert ("once more, one by one" in log) == (name == batch)
+        assert ("once more, by the smallest plan" in log) == (name in (once, twice))
+    assert "rank 2" in found["a"][1] or found["a"] == ("done", "")
+
+
+def test_so_many_failures_end_the_run_and_leave_the_rest_pending(
+    tiny: tuple[Path, Path], requests: Requests, tmp_path: Path
+) -> None:
+    args = str(tiny[0]), str(requests[0]), str(tmp_path)
+    (code,) = mpirun(4, "renders", *args, "LIMIT", module="tests.mpi.failing").values()
+    assert code == 3
+    out = tmp_path / failing.LIMIT[0].name()
+    found = [status for status, _ in statuses(out).values()]
+    assert found == ["failed"] * 2 + ["pending"] * 5
+    assert "5 not begun (failures.max)" in (out / "run.log").read_text()

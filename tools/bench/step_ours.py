@@ -44,7 +44,8 @@ class Ours:
         work = Workload(self.tokens, heads, dim, of.num_layers, of.ffn_dim, guided=guided, itemsize=2)
         plan = plan_group(work, self.cluster.nodes, costs)
         shape, spans = Shape(1, self.tokens, heads, dim), Spans(None, lambda: 0.0)
-        sequence = SequenceParallel(plan.schedule(), shape, self.transport, kernels, dtype, spans)
+        channels = transformer.proj_out.out_features
+        sequence = SequenceParallel(plan.schedule(), shape, self.transport, kernels, dtype, spans, channels)
         split = Split(transformer)
         split.sequence = sequence
         compile_blocks(transformer)
