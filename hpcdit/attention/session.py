@@ -47,6 +47,11 @@ class SequenceParallel:
         self._rounds += 1
         return out
 
+    def attend_whole(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """The attention of q to keys that are all here, on any number of ranks: [B, tokens, H, D] each."""
+        out, _ = self._kernels.attend(*(x.transpose(0, 1) for x in (q, k, v)))
+        return out.transpose(0, 1)
+
     def gather(self, x: torch.Tensor) -> torch.Tensor:
         """All ranks' tokens of x [B, tokens, C], on every rank: [B, L, C]."""
         whole = self._gather(x)

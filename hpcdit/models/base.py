@@ -39,6 +39,9 @@ class Sequence(Protocol):
     def attend(self) -> "Tensor":
         """The attention of this rank's queries to all keys: [B, tokens, H, D]."""
 
+    def attend_whole(self, q: "Tensor", k: "Tensor", v: "Tensor") -> "Tensor":
+        """The attention of this rank's q to keys that are all here, of a text: [B, tokens, H, D] each."""
+
     def gather(self, x: "Tensor") -> "Tensor":
         """All ranks' tokens, [B, L, C], on every rank; `x`: this rank's, [B, tokens, C]. The end of a pass."""
 
