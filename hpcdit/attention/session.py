@@ -30,7 +30,7 @@ class SequenceParallel:
         self.tokens = cut(shape.length, transport.size)[transport.rank]
         self._attention = Attention(schedule, shape, transport, kernels, dtype, spans)
         self._gather = Gather(shape.batch, shape.length, channels, transport, kernels, dtype, spans)
-        self._transport = transport
+        self._transport, self._kernels = transport, kernels
         self.tensors, self.publish = self._attention.tensors, self._attention.publish
         self.project = self._attention.project
         self.passes = 0  # that have ended
