@@ -4,18 +4,49 @@ import importlib
 import importlib.util
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
 
 from .errors import InputError
 from .kernels.base import Kernels
+from .spans import Record, Spans, StreamSpans
 
 if TYPE_CHECKING:
     from .cluster import World
+
+
+class StreamClock:
+    """The clock of a GPU, as a `spans.Clock`; its ranges are NVTX's."""
+
+    push = staticmethod(torch.cuda.nvtx.range_push)
+    pop = staticmethod(torch.cuda.nvtx.range_pop)
+
+    def __init__(self, device: torch.device) -> None:
+        # torch hands out a few streams by turns. Of those of high priority nobody asks for new ones again and again.
+        self._aside = torch.cuda.Stream(device, priority=-1)
+        try:
+            torch.cuda.Event(enable_timing=True, external=True)
+            self.in_graphs = True
+        except TypeError:
+            self.in_graphs = False
+
+    def mark(self, captured: bool) -> torch.cuda.Event | None:
+        if captured and not self.in_graphs:
+            return None
+        # In a graph an event is a node of it only if what reads it is outside.
+        event = torch.cuda.Event(enable_timing=True, **({"external": True} if captured else {}))
+        event.record()
+        return event
+
+    def aside(self) -> torch.cuda.Event:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(self._aside)
+        return event
 
 
 @dataclass(frozen=True)
@@ -29,6 +60,17 @@ class Device:
     @property
     def cuda(self) -> bool:
         return self.torch.type == "cuda"
+
+    @cached_property
+    def clock(self) -> StreamClock | None:
+        """Of its streams, if it has any."""
+        return StreamClock(self.torch) if self.cuda else None
+
+    def spans(self, record: Record | None, now: Callable[[], float], outer: Record | None) -> Spans:
+        """What times the steps that this device computes; the arguments are those of `Spans`."""
+        if self.clock is None or outer is None:
+            return Spans(record, now, outer)
+        return StreamSpans(record, now, outer, self.clock)
 
     def synchronize(self) -> None:
         """Returns when everything is done that this process has asked of the device."""

@@ -6,13 +6,14 @@ from dataclasses import dataclass
 
 import torch
 
-from hpcdit.attention.executor import Attention, Gather, Spans
+from hpcdit.attention.executor import Attention, Gather
 from hpcdit.attention.methods import schedule
 from hpcdit.attention.schedule import Shape
 from hpcdit.attention.session import SequenceParallel
 from hpcdit.kernels import cpu
 from hpcdit.kernels.base import Kernels
 from hpcdit.mesh import cut
+from hpcdit.spans import Spans
 from hpcdit.transport.base import Transport
 
 UNTIMED = Spans(None, lambda: 0.0)

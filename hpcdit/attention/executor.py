@@ -1,32 +1,16 @@
 """Runs a schedule on a transport with a set of kernels: the one implementation of every method on every device."""
 
-from collections.abc import Callable
-
 import torch
 
 from ..kernels.base import Kernels, Norm, Tables
 from ..mesh import Mesh
+from ..spans import Spans
 from ..transport.base import Exchange, Place, Transport
 from .methods import gather as gather_method
 from .placement import Placement
 from .schedule import Attend, Piece, Pull, Push, Schedule, Shape, publishing
 
-Record = Callable[[str, str, float, float, int], None]  # name, lane, start, end (seconds), bytes
 Partial = tuple[torch.Tensor, torch.Tensor]
-
-
-class Spans:
-    """Times the executor's steps, where a trace wants them."""
-
-    def __init__(self, record: Record | None, now: Callable[[], float]) -> None:
-        self.record, self.now = record, now
-
-    def start(self) -> float:
-        return self.now() if self.record else 0.0
-
-    def end(self, name: str, lane: str, start: float, nbytes: int = 0) -> None:
-        if self.record:
-            self.record(name, lane, start, self.now(), nbytes)
 
 
 class Replay:
@@ -117,20 +101,21 @@ class Replay:
 
     def pull(self, step: Pull) -> None:
         """Returns when the piece is readable; brings it to its place among this rank's pieces if it has one."""
-        start = self.spans.start()
+        name = f"pull {step.piece.tensor}"
+        start = self.spans.start(name)
         holder = self.placement.holder(step.piece, self.rank)
         self.exchange.wait(self.placement.place(step.piece, holder))
         nbytes = self.placement.count(step.piece) * self.memory(self.rank).element_size()
         if holder == self.rank:
             source = self.placement.holder(step.piece, step.source)
-            self.spans.end(f"pull {step.piece.tensor}", self.lane(source), start, nbytes)
+            self.spans.end(name, self.lane(source), start, nbytes)
             return
         if step.piece in self.placement.blocks[self.rank]:
             here, there = self.view([step.piece], self.rank), self.view([step.piece], holder)
             assert here is not None and there is not None
             here.copy_(there)
         self.transport.traffic.intra += nbytes
-        self.spans.end(f"pull {step.piece.tensor}", "intra", start, nbytes)
+        self.spans.end(name, "intra", start, nbytes)
 
     def lane(self, peer: int) -> str:
         """The lane of what passes between this rank and `peer`."""
@@ -222,7 +207,7 @@ class Attention:
 
     def _attend(self, step: Attend, partial: dict[tuple[int, int], list[Partial]]) -> None:
         """Attends, and keeps the last result apart: the last merge of all writes where the whole is wanted."""
-        start = self.spans.start()
+        start = self.spans.start("attend")
         q, k, v = (self._operand(t, step.q if t == "q" else step.kv, step.heads) for t in "qkv")
         out, lse = self.kernels.attend(q, k, v)
         at = 0
@@ -237,7 +222,7 @@ class Attention:
         self.spans.end("attend", "compute", start)
 
     def _push(self, piece: Piece, found: list[Partial]) -> None:
-        start = self.spans.start()
+        start = self.spans.start("push o")
         place = self.placement.landing(piece, self.replay.rank)
         block = self.replay.view([piece], place.rank)
         assert block is not None
@@ -259,10 +244,11 @@ class Attention:
 
     def _collect(self, made: dict[int, list[Partial]]) -> torch.Tensor:
         """This rank's o: of the head slots in `made` its own results, of the others what comes home."""
-        start, rank, placement = self.spans.start(), self.replay.rank, self.placement
+        rank, placement = self.replay.rank, self.placement
         slots, shape = placement.schedule.slots, placement.shape
         if slots == 1 and len(made[0]) == 1:
             return made[0][0][0].transpose(0, 1)
+        start = self.spans.start("wait o")
         size = shape.batch, len(placement.tokens[rank]), shape.heads, shape.dim
         out = torch.empty(size, dtype=self.replay.dtype, device=self.replay.device)
         for slot, heads in sorted(enumerate(placement.heads), key=lambda entry: entry[0] not in made):

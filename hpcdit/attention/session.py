@@ -4,8 +4,9 @@ import torch
 
 from ..kernels.base import Kernels
 from ..mesh import cut
+from ..spans import Spans
 from ..transport.base import Transport
-from .executor import Attention, Gather, Spans
+from .executor import Attention, Gather
 from .schedule import Schedule, Shape
 
 
@@ -26,7 +27,7 @@ class SequenceParallel:
         channels: int,
     ) -> None:
         """channels: of the tokens that a pass ends with."""
-        self.shape = shape
+        self.shape, self.spans = shape, spans
         self.tokens = cut(shape.length, transport.size)[transport.rank]
         self._attention = Attention(schedule, shape, transport, kernels, dtype, spans)
         self._gather = Gather(shape.batch, shape.length, channels, transport, kernels, dtype, spans)

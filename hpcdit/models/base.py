@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from torch import Tensor, device
 
     from ..kernels.base import Norm, Tables
+    from ..spans import Spans
     from .loading import ModelFolder, ModelShape
 
 
@@ -26,6 +27,10 @@ class Sequence(Protocol):
     @property
     def tensors(self) -> str:
         """q, k and v in the order in which they are best published."""
+
+    @property
+    def spans(self) -> "Spans":
+        """Where the times of passes go, see `graphs.Passes`."""
 
     def publish(self, name: str, x: "Tensor", norm: "Norm | None" = None, tables: "Tables | None" = None) -> None:
         """Gives this rank's "q", "k" or "v", [B, tokens, H, D]; each once a round.

@@ -1,11 +1,17 @@
-"""Passes of a model as CUDA graphs: the host starts one thing a pass instead of thousands."""
+"""Passes of a model, on GPUs as CUDA graphs: the host starts one thing a pass instead of thousands."""
 
+import time
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+from ..spans import Spans, Tape
+
+if TYPE_CHECKING:
+    from .base import Sequence
 
 
 @dataclass
@@ -15,47 +21,63 @@ class Captured:
     graph: torch.cuda.CUDAGraph
     inputs: dict[str, Tensor]
     outputs: tuple[Tensor, ...]
+    tape: Tape
 
 
-class Replayed:
-    """A model's `forward`: of inputs of one kind the first pass runs as it is, the second is captured, then replayed.
+class Passes:
+    """A model's `forward`. As graphs: of inputs of one kind the first pass runs as it is, later ones are replayed.
 
     The first pass compiles and tunes what there is to; so do all ranks, since their passes wait for each other's data.
+    Of inputs of one kind there is one graph; more only where spans are recorded, as one pass's are not yet read while
+    the next is launched.
     """
 
-    def __init__(self, compute: Callable[..., tuple[Tensor, ...]]) -> None:
-        self._compute = compute
+    def __init__(self, compute: Callable[..., tuple[Tensor, ...]], graph: bool = True) -> None:
+        self._compute, self._graph = compute, graph
         self._seen = set[Hashable]()
-        self._captured: dict[Hashable, Captured] = {}
-        self._context: object = None
+        self._captured: dict[Hashable, list[Captured]] = {}
+        self._sequence: Sequence | None = None
+        self._spans = Spans(None, time.perf_counter)
 
-    def begin(self, context: object) -> None:
-        """Passes from here on are of `context`, whose memory a graph holds on to: those of another are forgotten."""
-        if context is not self._context:
-            self._context = context
+    def begin(self, sequence: "Sequence | None") -> None:
+        """Passes from here on are of `sequence`, whose memory graphs hold on to: those of another are forgotten."""
+        self._spans = sequence.spans if sequence else Spans(None, time.perf_counter)
+        if self._graph and sequence is not self._sequence:
+            self._sequence = sequence
             self._seen.clear()
             self._captured.clear()
 
     def __call__(self, **inputs: Any) -> tuple[Tensor, ...]:
+        if not self._graph:
+            return self._as_it_is(inputs)
         tensors = {name: x for name, x in inputs.items() if isinstance(x, Tensor)}
         others = {name: x for name, x in inputs.items() if name not in tensors}
         key = (*((n, x.shape, x.dtype) for n, x in tensors.items()), *sorted((n, repr(x)) for n, x in others.items()))
         if key not in self._seen:
             self._seen.add(key)
-            return self._compute(**inputs)
-        if key not in self._captured:
-            self._captured[key] = self._capture(tensors, others)
-        found = self._captured[key]
+            return self._as_it_is(inputs)
+        there = self._captured.setdefault(key, [])
+        found = next((each for each in there if not each.tape.unread), None)
+        if found is None:
+            found = self._capture(tensors, others)
+            there.append(found)
         for name, x in tensors.items():
             found.inputs[name].copy_(x)
-        found.graph.replay()
+        with self._spans.launch(found.tape):
+            found.graph.replay()
         return tuple(x.clone() for x in found.outputs)  # the next pass writes over them
+
+    def _as_it_is(self, inputs: dict[str, Any]) -> tuple[Tensor, ...]:
+        with self._spans.launch():
+            return self._compute(**inputs)
 
     def _capture(self, tensors: dict[str, Tensor], others: dict[str, Any]) -> Captured:
         held = {name: x.clone() for name, x in tensors.items()}
         graph = torch.cuda.CUDAGraph()
+        # They are replayed one after the other, and outputs are copied at once: one memory is enough for all.
+        pool = next((each.graph.pool() for there in self._captured.values() for each in there), None)
         torch.cuda.synchronize()
         # Relaxed: another thread may decode meanwhile.
-        with torch.cuda.graph(graph, capture_error_mode="relaxed"):
+        with self._spans.capture() as tape, torch.cuda.graph(graph, pool=pool, capture_error_mode="relaxed"):
             outputs = self._compute(**held, **others)
-        return Captured(graph, held, outputs)
+        return Captured(graph, held, outputs, tape)

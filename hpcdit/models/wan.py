@@ -22,7 +22,7 @@ from hpcdit.errors import InputError, VideoError
 
 from .base import Adapter, Conditions, Halves, Sequence
 from .encodings import Encodings
-from .graphs import Replayed
+from .graphs import Passes
 from .loading import WEIGHTS, ModelFolder, check_loaded, shape
 
 
@@ -172,11 +172,11 @@ class Guidance:
 
 
 class Wan(Adapter):
-    def __init__(self, pipe: Any, folder: ModelFolder) -> None:
+    def __init__(self, pipe: Any, folder: ModelFolder, graph: bool = False) -> None:
         self.shape = shape(folder)
         self._pipe = pipe
         self._split = Split(pipe.transformer)
-        self._replayed = pipe.transformer.forward if isinstance(pipe.transformer.forward, Replayed) else None
+        self._passes = pipe.transformer.forward = Passes(pipe.transformer.forward, graph)
         self._guidance = Guidance(pipe.transformer)
         self._encodings = Encodings(self._encode)
 
@@ -205,13 +205,12 @@ class Wan(Adapter):
             tensors = getattr(pipe, part).state_dict(keep_vars=True)
             check_loaded(folder, part, {name: tensor.data_ptr() for name, tensor in tensors.items()})
         pipe.set_progress_bar_config(disable=True)
-        if device is not None and device.type == "cuda":
+        cuda = device is not None and device.type == "cuda"
+        if cuda:
             pipe.to(device)
             if compiled:
                 compile_blocks(pipe.transformer)
-            if graph:
-                pipe.transformer.forward = Replayed(pipe.transformer.forward)
-        return cls(pipe, folder)
+        return cls(pipe, folder, graph and cuda)
 
     def guided(self, guidance_scale: float) -> bool:
         return guidance_scale > 1  # as WanPipeline.do_classifier_free_guidance
@@ -256,8 +255,7 @@ class Wan(Adapter):
 
         frames, rows, columns = noise.shape[2:]
         self._split.sequence = sequence
-        if self._replayed is not None:
-            self._replayed.begin(sequence)
+        self._passes.begin(sequence)
         self._guidance.begin(halves, conditions.negative if guided else None)
         try:
             return self._pipe(

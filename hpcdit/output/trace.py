@@ -7,6 +7,8 @@ from contextlib import contextmanager
 
 import numpy as np
 
+from ..spans import Ranges
+
 # Fixed-length strings, so that h5py alone and h5dump show a table; the last byte of each is a NUL.
 EVENT = np.dtype([("name", "S40"), ("rank", "i4"), ("lane", "S8"), ("start", "f8"), ("end", "f8"), ("bytes", "i8")])
 
@@ -16,13 +18,13 @@ class Trace:
 
     Times go in as this process reads its own clock (`now`, which is `time.perf_counter`) and come out of
     `take` on one clock for all ranks: `offset`, which may be set later, is rank 0's clock minus this rank's.
-    Spans may be recorded from any thread.
+    Spans may be recorded from any thread. ranges: of the device's profiler, around the same steps.
     """
 
     now = staticmethod(time.perf_counter)
 
-    def __init__(self, rank: int, level: int, offset: float = 0.0) -> None:
-        self.rank, self.level, self.offset = rank, level, offset
+    def __init__(self, rank: int, level: int, offset: float = 0.0, ranges: Ranges | None = None) -> None:
+        self.rank, self.level, self.offset, self.ranges = rank, level, offset, ranges
         self._rows: list[tuple[str, str, float, float, int]] = []
         self._taking = threading.Lock()
 
@@ -44,11 +46,22 @@ class Trace:
     @contextmanager
     def span(self, name: str, lane: str, nbytes: int = 0) -> Iterator[None]:
         """Records the time its body takes, also if the body raises."""
-        start = self.now()
+        start = self.start(name)
         try:
             yield
         finally:
-            self.record(name, lane, start, self.now(), nbytes)
+            self.end(name, lane, start, nbytes)
+
+    def start(self, name: str) -> float:
+        """The start of a span whose `end` the same thread will call."""
+        if self.ranges and self.level:
+            self.ranges.push(name)
+        return self.now()
+
+    def end(self, name: str, lane: str, start: float, nbytes: int = 0) -> None:
+        self.record(name, lane, start, self.now(), nbytes)
+        if self.ranges and self.level:
+            self.ranges.pop()
 
     def take(self) -> np.ndarray:
         """The spans noted since the last call, in the order of recording, as EVENT [n]; forgets them."""

@@ -9,7 +9,6 @@ import numpy as np
 import torch
 
 from ..attention.check import check
-from ..attention.executor import Spans
 from ..attention.schedule import Shape
 from ..attention.session import SequenceParallel
 from ..device import Device
@@ -108,6 +107,7 @@ class Engine:
                 conditions = stack([self._encode(job) for job in jobs])
                 noise = [self.adapter.noise(job.sampling.seed, s.num_frames, s.height, s.width) for job in jobs]
             latents = self._denoise(jobs, conditions, torch.cat(noise), session)
+            session.spans.read()
         except GivenUp as failure:
             self.trace.take()
             return failure.with_traceback(None)  # which would hold on to all that was computed
@@ -126,17 +126,20 @@ class Engine:
         halves = self.halves if guided else None
         passes = 2 if guided and halves is None else 1
         position = Position(session, self.adapter.shape.layers, passes, halves, self.graph)
-        step_start = self.trace.now()
+        session.spans.begin()
+        step_start = self.trace.start("step")
 
         def on_step(step: int) -> None:
             nonlocal step_start, ended
             self.transport.await_stream(f"step {step + 1}")
-            self.trace.record("step", "compute", step_start, self.trace.now())
+            self.device.synchronize_stream()  # where transfers go through the host, there is more on it
+            self.trace.end("step", "compute", step_start)
+            session.spans.waited()
             self._tell("step", ids=ids, step=step)
             # After the last one there is only the writing left.
             self._together.agree(may_stop=step + 1 < s.steps)
             position.begin_step()
-            ended, step_start = step + 1, self.trace.now()
+            ended, step_start = step + 1, self.trace.start("step") if step + 1 < s.steps else 0.0
 
         try:
             return self.adapter.denoise(conditions, noise, s.steps, s.guidance_scale, session, on_step, self.halves)
@@ -189,7 +192,7 @@ class Engine:
         self._plan = plan
         schedule = self._plan.schedule()
         check(schedule, self.transport.nodes)
-        spans = Spans(self.trace.recorder(level=2), self.trace.now)
+        spans = self.device.spans(self.trace.recorder(level=2), self.trace.now, self.trace.recorder(level=1))
         channels = self.adapter.shape.token_channels
         self._session = SequenceParallel(
             schedule, shape, self.transport, self.device.kernels, self.dtype, spans, channels

@@ -4,11 +4,12 @@ from dataclasses import dataclass
 
 import torch
 
-from ..attention.executor import Gather, Spans
+from ..attention.executor import Gather
 from ..cluster import Cluster, World
 from ..group import Group
 from ..mesh import Mesh
 from ..output.trace import Trace
+from ..spans import Spans
 from ..transport import Network
 
 

@@ -89,6 +89,7 @@ def _render(
     zero = world.broadcast(Trace.now(), "the clocks")
     trace = Trace(world.rank, config.trace.level, world.clock_offset() - zero)
     device = bind(config.model.device, world, exact=config.model.dtype == "float32")
+    trace.ranges = device.clock
     work = workload(batch.shape, [job.sampling for job in batch.todo], config.model.dtype, config.parallel.batch)
     with trace.span("plan", "inter"):
         t, say = config.transport, report.log.warning if report else lambda text: None
@@ -107,6 +108,11 @@ def _render(
     gc.enable()
     if report:
         report.log.info("device: %s; transport: %s", device.name, transport.describe())
+        if graph and trace.level > 1 and device.clock and not device.clock.in_graphs:
+            report.log.warning(
+                "trace.level=2: this torch has no events in CUDA graphs, only passes are timed;"
+                " allowed: a later torch, or model.graph=false"
+            )
         _log_plan(planner, report)
         _warn_unguided(batch, plan.cfg, adapter, report)
     todo = _source(config, batch, stack) if report else Listed(())  # before the finisher: what it writes stays claimed
@@ -115,7 +121,7 @@ def _render(
         device,
         folder / "videos",
         Provenance.of(config, cluster, batch, groups),
-        Trace(world.rank, config.trace.level, trace.offset),
+        Trace(world.rank, config.trace.level, trace.offset, trace.ranges),
         config.output.compression,
         config.output.video,
         world.cores,

@@ -19,13 +19,14 @@ os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")  # before CUDA starts
 
 import torch
 
-from hpcdit.attention.executor import Attention, Gather, Spans
+from hpcdit.attention.executor import Attention, Gather
 from hpcdit.attention.methods import Layout
 from hpcdit.attention.schedule import Shape
 from hpcdit.cluster import Cluster, World
 from hpcdit.errors import BrokenRun, InputError, PeerLost
 from hpcdit.kernels import cpu
 from hpcdit.mesh import cut
+from hpcdit.spans import Spans
 from hpcdit.transport.base import Pattern, Place, Transfer
 from hpcdit.transport.nvshmem import NvshmemTransport, finish, start
 from tests.attention_cases import unprojected

@@ -20,6 +20,7 @@ from hpcdit.kernels import cpu
 from hpcdit.kernels.base import Norm, Tables
 from hpcdit.models.loading import inspect
 from hpcdit.models.wan import GeluProjection, Wan
+from tests.attention_cases import UNTIMED
 from tests.checkpoints import make_wan
 
 DEMO = Path(hpcdit.models.__file__).parent / "demo"
@@ -74,6 +75,7 @@ class Member:
         self.group, self.rank, self.tokens = group, rank, group.ranks[rank]
         self.published: dict[str, torch.Tensor] = {}
         self.tensors = "vkq"
+        self.spans = UNTIMED
         self.order: list[str] = []
 
     def publish(self, name: str, x: torch.Tensor, norm: Norm | None = None, tables: Tables | None = None) -> None:

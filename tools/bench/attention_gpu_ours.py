@@ -8,11 +8,12 @@ import torch
 from gpu import Attend
 from torch import Tensor
 
-from hpcdit.attention.executor import Attention, Spans
+from hpcdit.attention.executor import Attention
 from hpcdit.attention.methods import Layout
 from hpcdit.attention.schedule import Shape
 from hpcdit.cluster import Cluster, World
 from hpcdit.kernels.base import Norm, Tables
+from hpcdit.spans import Spans
 from hpcdit.transport.base import Exchange, Transport
 
 HEAP_BYTES = 40 << 30  # for all layouts at 64k tokens, each twice

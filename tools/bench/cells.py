@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from paced import PacedKernels, expected
 
-from hpcdit.attention.executor import Attention, Spans
+from hpcdit.attention.executor import Attention
 from hpcdit.attention.methods import Layout
 from hpcdit.attention.schedule import Shape
 from hpcdit.cluster import MPI, Cluster
@@ -16,6 +16,7 @@ from hpcdit.kernels.base import Kernels
 from hpcdit.mesh import cut
 from hpcdit.planner.calibrate import links
 from hpcdit.planner.costs import Link
+from hpcdit.spans import Spans
 from hpcdit.transport.mpi import MpiTransport
 
 SETS = 3  # of q, k, v, by turns: two buffer sets alternate, and what one held before must not pass for what is wanted

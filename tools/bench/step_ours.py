@@ -6,16 +6,16 @@ from typing import Any
 
 import torch
 
-from hpcdit.attention.executor import Spans
 from hpcdit.attention.schedule import Shape
 from hpcdit.attention.session import SequenceParallel
 from hpcdit.cluster import Cluster, World
 from hpcdit.device import bind
-from hpcdit.models.graphs import Replayed
+from hpcdit.models.graphs import Passes
 from hpcdit.models.wan import Split, compile_blocks
 from hpcdit.planner.calibrate import calibrate
 from hpcdit.planner.search import plan_group
 from hpcdit.planner.workload import Workload
+from hpcdit.spans import Spans
 from hpcdit.transport import Network
 
 HEAP_BYTES = 8 << 30
@@ -49,12 +49,12 @@ class Ours:
         split = Split(transformer)
         split.sequence = sequence
         compile_blocks(transformer)
-        replayed = Replayed(transformer.forward)
-        replayed.begin(sequence)
-        transformer.forward = replayed
+        passes = Passes(transformer.forward)
+        passes.begin(sequence)
+        transformer.forward = passes
 
         def close() -> None:
-            replayed.begin(None)
+            passes.begin(None)
             sequence.close()
 
         return f"hpcdit, {plan.layout}", transformer, close
