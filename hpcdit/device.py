@@ -11,6 +11,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
+from torch.cuda import Stream
 
 from .errors import InputError
 from .kernels.base import Kernels
@@ -28,7 +29,7 @@ class StreamClock:
 
     def __init__(self, device: torch.device) -> None:
         # torch hands out a few streams by turns. Of those of high priority nobody asks for new ones again and again.
-        self._aside = torch.cuda.Stream(device, priority=-1)
+        self._aside = Stream(device, priority=-1)
         try:
             torch.cuda.Event(enable_timing=True, external=True)
             self.in_graphs = True
@@ -88,10 +89,14 @@ class Device:
         if not self.cuda:
             yield
             return
-        side = torch.cuda.Stream(self.torch)
-        with torch.cuda.stream(side):
+        with torch.cuda.stream(self._side):
             yield
-        side.synchronize()
+        self._side.synchronize()
+
+    @cached_property
+    def _side(self) -> Stream:
+        # One for all: torch has 32 to hand out by turns, and one of them captures graphs.
+        return Stream(self.torch)
 
     def memory_bytes(self) -> float | None:
         """Of the device, if it has memory of its own."""

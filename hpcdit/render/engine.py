@@ -139,7 +139,9 @@ class Engine:
             # After the last one there is only the writing left.
             self._together.agree(may_stop=step + 1 < s.steps)
             position.begin_step()
-            ended, step_start = step + 1, self.trace.start("step") if step + 1 < s.steps else 0.0
+            ended = step + 1
+            if ended < s.steps:
+                step_start = self.trace.start("step")
 
         try:
             return self.adapter.denoise(conditions, noise, s.steps, s.guidance_scale, session, on_step, self.halves)
