@@ -14,6 +14,7 @@ import pytest
 
 from hpcdit.config import demo_model
 from tests.system.program import ENV, Running, alive, finished, prompts, run, statuses
+from tools.bench.idle import read as read_idle
 
 TOGETHER = ("parallel.replicas=1", "parallel.cfg=1")  # all ranks at one video: what is left to the planner varies
 QUICK = (*TOGETHER, "sampling.steps=2", "sampling.num_frames=5", "sampling.max_sequence_length=16")
@@ -61,8 +62,12 @@ def test_a_run_leaves_videos_index_and_log_that_h5py_alone_reads(tmp_path: Path)
         assert {b"compute", b"inter", b"io"} <= lanes
         assert set(events["rank"]) == {0, 1} and (events["end"] >= events["start"]).all()
         assert events["end"].max() - events["start"].min() < 120, "one clock"
+        assert names >= {b"pass", b"between steps"}
         second = next(name for name in job["videos"] if name != "first")
         assert job["videos"][second]["frames"].shape[0] == 9
+    for idle in read_idle(tmp_path / "out").values():
+        assert idle.steps == 4 and len(idle.between) == 2, "two videos of two steps"
+        assert 0 < idle.attend_s < idle.busy_s < idle.window_s
     log = (tmp_path / "out" / "run.log").read_text()
     assert "\x1b" not in log + ended.stderr and "\r" not in log + ended.stderr
     assert ended.stdout.count("2 videos done") == 1
