@@ -30,7 +30,7 @@ class Bench:
 
     def __init__(self, args: argparse.Namespace, world: World, device: torch.device) -> None:
         self.args, self.world, self.device = args, world, device
-        largest = max(args.sizes) * MIB
+        largest = max(args.sizes)
         start(world, device, 2 * Exchange.SETS * largest + 16 * MIB)
         self.cluster = Cluster(world, 1)
         self.transport = NvshmemTransport(self.cluster)
@@ -95,7 +95,7 @@ class Bench:
         exchange.close()
         speeds = [f"{t * 1e6:.1f} us, {nbytes / t / 1e9:.0f}" for t in (bare, in_graph, transfer)]
         milliseconds = [f"{t * 1e3:.3f}" for t in (transfer, alone, both)]
-        name = f"{nbytes / MIB:g} MiB"
+        name = f"{nbytes / MIB:g} MiB" if nbytes >= MIB else f"{nbytes / 1024:g} KiB"
         return [name, *speeds], [f"{name}, {calls} call{'s' * (calls > 1)}", *milliseconds, f"{overlap:.2f}"]
 
 
@@ -107,7 +107,7 @@ def body(args: argparse.Namespace, world: World) -> None:
     q = torch.randn(1, args.tokens, args.heads, args.dim, device=device).to(torch.bfloat16)
     name, attend = list(kernels().items())[-1]
     say(world, f"{cards(world, device)}; {bench.transport.describe()}")
-    rows = [bench.size(n * MIB, lambda: attend(q, q, q)) for n in args.sizes]
+    rows = [bench.size(nbytes, lambda: attend(q, q, q)) for nbytes in args.sizes]
     say(world, f"\na block each way at once; time, GB/s of each rank; medians of {args.repeat}, of the slower rank")
     head = ("", "bare put", f"exchange, in a graph of {ROUNDS}", "exchange, a call a round")
     say(world, table(head, [row for row, _ in rows]))
@@ -119,12 +119,16 @@ def body(args: argparse.Namespace, world: World) -> None:
 
 
 def sizes(text: str) -> list[int]:
-    return [int(word) for word in text.split(",")]
+    """Bytes, of a list like 64k,1,16: KiB, and MiB."""
+    words = [word.strip() for word in text.split(",")]
+    return [int(word[:-1]) * 1024 if word.endswith("k") else int(word) * MIB for word in words]
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Blocks between two GPUs, under mpirun -n 2.")
-    parser.add_argument("--sizes", type=sizes, default="1,16,256", help="of the blocks, in MiB, a list")
+    parser.add_argument(
+        "--sizes", type=sizes, default="64k,256k,1,16,256", help="of the blocks, a list, in MiB or (64k) KiB"
+    )
     parser.add_argument("--repeat", type=int, default=20)
     parser.add_argument("--tokens", type=int, default=8192, help="of the attention call")
     parser.add_argument("--heads", type=int, default=24)
