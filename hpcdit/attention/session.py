@@ -27,7 +27,7 @@ class SequenceParallel:
         channels: int,
     ) -> None:
         """channels: of the tokens that a pass ends with."""
-        self.shape, self.spans = shape, spans
+        self.shape, self.spans, self.traffic = shape, spans, transport.traffic
         self.tokens = cut(shape.length, transport.size)[transport.rank]
         self._attention = Attention(schedule, shape, transport, kernels, dtype, spans)
         self._gather = Gather(shape.batch, shape.length, channels, transport, kernels, dtype, spans)

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 
     from ..kernels.base import Norm, Tables
     from ..spans import Spans
+    from ..transport.base import Traffic
     from .loading import ModelFolder, ModelShape
 
 
@@ -31,6 +32,10 @@ class Sequence(Protocol):
     @property
     def spans(self) -> "Spans":
         """Where the times of passes go, see `graphs.Passes`."""
+
+    @property
+    def traffic(self) -> "Traffic":
+        """Where the bytes that passes move are counted."""
 
     def publish(self, name: str, x: "Tensor", norm: "Norm | None" = None, tables: "Tables | None" = None) -> None:
         """Gives this rank's "q", "k" or "v", [B, tokens, H, D]; each once a round.

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..spans import Spans, Tape
+from ..transport.base import Traffic
 
 if TYPE_CHECKING:
     from .base import Sequence
@@ -16,12 +17,13 @@ if TYPE_CHECKING:
 
 @dataclass
 class Captured:
-    """One pass: what goes in, and what comes out, stays where it is."""
+    """One pass: what goes in, and what comes out, stays where it is. moved: bytes that each replay moves."""
 
     graph: torch.cuda.CUDAGraph
     inputs: dict[str, Tensor]
     outputs: tuple[Tensor, ...]
     tape: Tape
+    moved: Traffic
 
 
 class Passes:
@@ -37,11 +39,12 @@ class Passes:
         self._seen = set[Hashable]()
         self._captured: dict[Hashable, list[Captured]] = {}
         self._sequence: Sequence | None = None
-        self._spans = Spans(None, time.perf_counter)
+        self._spans, self._traffic = Spans(None, time.perf_counter), Traffic()
 
     def begin(self, sequence: "Sequence | None") -> None:
         """Passes from here on are of `sequence`, whose memory graphs hold on to: those of another are forgotten."""
         self._spans = sequence.spans if sequence else Spans(None, time.perf_counter)
+        self._traffic = sequence.traffic if sequence else Traffic()
         if self._graph and sequence is not self._sequence:
             self._sequence = sequence
             self._seen.clear()
@@ -65,6 +68,7 @@ class Passes:
             found.inputs[name].copy_(x)
         with self._spans.launch(found.tape):
             found.graph.replay()
+        self._traffic.add(found.moved)
         return tuple(x.clone() for x in found.outputs)  # the next pass writes over them
 
     def _as_it_is(self, inputs: dict[str, Any]) -> tuple[Tensor, ...]:
@@ -77,7 +81,12 @@ class Passes:
         # They are replayed one after the other, and outputs are copied at once: one memory is enough for all.
         pool = next((each.graph.pool() for there in self._captured.values() for each in there), None)
         torch.cuda.synchronize()
-        # Relaxed: another thread may decode meanwhile.
-        with self._spans.capture() as tape, torch.cuda.graph(graph, pool=pool, capture_error_mode="relaxed"):
-            outputs = self._compute(**held, **others)
-        return Captured(graph, held, outputs, tape)
+        before = self._traffic.take()
+        try:
+            # Relaxed: another thread may decode meanwhile.
+            with self._spans.capture() as tape, torch.cuda.graph(graph, pool=pool, capture_error_mode="relaxed"):
+                outputs = self._compute(**held, **others)
+        finally:
+            moved = self._traffic.take()
+            self._traffic.add(before)
+        return Captured(graph, held, outputs, tape, moved)

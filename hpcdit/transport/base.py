@@ -80,6 +80,15 @@ class Traffic:
     intra: int = 0
     inter: int = 0
 
+    def add(self, other: "Traffic") -> None:
+        self.intra, self.inter = self.intra + other.intra, self.inter + other.inter
+
+    def take(self) -> "Traffic":
+        """What was counted so far; counts from nothing again."""
+        taken = Traffic(self.intra, self.inter)
+        self.intra = self.inter = 0
+        return taken
+
 
 class Exchange(ABC):
     """A pattern in symmetric memory: two buffer sets that alternate by round, so that no round needs a barrier."""

@@ -19,7 +19,8 @@ MEASURING = "the measurement of the links"
 class NvshmemTransport(Transport):
     """NVSHMEM between the GPUs of all ranks of `cluster`; after `start`.
 
-    ahead: rounds outside a graph do not wait on the host, see above. `traffic` counts what is captured once.
+    ahead: rounds outside a graph do not wait on the host, see nvshmem_exchange. `traffic` counts what is captured once:
+    who replays it counts that.
     """
 
     def __init__(self, cluster: Cluster) -> None:

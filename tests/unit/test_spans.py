@@ -9,6 +9,7 @@ import torch
 
 from hpcdit.models.graphs import Passes
 from hpcdit.spans import Spans, StreamSpans
+from hpcdit.transport.base import Traffic
 
 MS = 1e-3
 SKEW_MS, RATE = 5e6, 1 + 1e-4  # the device's clock beside the host's: where it stood at 0, and how fast it goes
@@ -130,10 +131,12 @@ class Model:
             self.rows.append((name, lane, start, end))
 
         self.spans = StreamSpans(record if level > 1 else None, device.now, record if level else None, device)
+        self.traffic = Traffic()
         self.forward = Passes(self.compute, graph)
         self.forward.begin(self)  # type: ignore[arg-type]
 
     def compute(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        self.traffic.add(Traffic(3, 5))
         for _ in range(2):
             start = self.spans.start("attend")
             self.device.enqueue(lambda: self.truth[-1].append((max(self.device.busy_until, self.device.host),) * 2))
@@ -206,6 +209,13 @@ def test_without_spans_of_steps_a_pass_is_captured_once(
     model.video(4)
     model.video(4)
     assert model.device.captures == 1 and {row[0] for row in model.rows} == names
+
+
+@pytest.mark.parametrize("graph", [False, True])
+def test_bytes_are_counted_in_each_pass_that_is_made_or_replayed(graph: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Model(Device(), graph, 0, monkeypatch)
+    model.video(4)
+    assert model.traffic == Traffic(4 * 2 * 3, 4 * 2 * 5)
 
 
 @pytest.mark.parametrize("graph", [False, True])

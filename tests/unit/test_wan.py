@@ -20,6 +20,7 @@ from hpcdit.kernels import cpu
 from hpcdit.kernels.base import Norm, Tables
 from hpcdit.models.loading import inspect
 from hpcdit.models.wan import GeluProjection, Wan
+from hpcdit.transport.base import Traffic
 from tests.attention_cases import UNTIMED
 from tests.checkpoints import make_wan
 
@@ -75,7 +76,7 @@ class Member:
         self.group, self.rank, self.tokens = group, rank, group.ranks[rank]
         self.published: dict[str, torch.Tensor] = {}
         self.tensors = "vkq"
-        self.spans = UNTIMED
+        self.spans, self.traffic = UNTIMED, Traffic()
         self.order: list[str] = []
 
     def publish(self, name: str, x: torch.Tensor, norm: Norm | None = None, tables: Tables | None = None) -> None:
