@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-MOST_BYTES = 1 << 27  # 32 prompts of Wan's text encoder in bfloat16, on the device
+MOST_BYTES = 1 << 25  # 8 prompts of the text encoder of Wan in bfloat16, on the device
 
 
 class Encodings:
