@@ -73,7 +73,11 @@ class Engine:
         self.queue.end(self._leads, cut)
 
     def _next(self) -> list[int]:
-        return list(self.group.broadcast(self.queue.next() if self._leads else None, "the next videos"))
+        """Positions of the next videos; empty if there are no more."""
+        while (found := self.group.broadcast(self.queue.next() if self._leads else None, "the next videos")) is None:
+            self._together.agree()
+            self._collect()  # what others hold may take long to be decided
+        return list(found)
 
     def _render(self, jobs: Sequence[Job], below: int | None = None) -> None:
         """Renders videos together; where that fails one by one, and one for which memory is short once more.

@@ -80,13 +80,12 @@ class Queue:
     def _enough(self) -> bool:
         return self._most_failures is not None and self._failed >= self._most_failures
 
-    def next(self) -> list[int]:
-        """What a leader's group is to render next; empty if nothing is left or the run stops."""
-        while (found := self._desk.ask({"kind": "next"}, "the next videos")) is None:
+    def next(self) -> list[int] | None:
+        """What a leader's group is to render next; empty if nothing is left or the run stops; None: ask again."""
+        found = self._desk.ask({"kind": "next"}, "the next videos")
+        if found is None:
             time.sleep(ASK_S)
-            self.stopping()
-            self._listen()
-        return list(found)
+        return found if found is None else list(found)
 
     def tell(self, **note: Any) -> None:
         """A leader's note for the report of rank 0."""

@@ -1,6 +1,7 @@
 """Several runs of the program on one output folder: shares, claims, one that is killed."""
 
 import os
+import re
 import signal
 import subprocess
 import time
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import h5py
 
-from tests.system.program import ENV, command, finished, prompts, run, statuses
+from tests.system.program import ENV, Running, command, finished, prompts, run, statuses
 
 COUNT = 40
 TINY = ("sampling.num_frames=1", "sampling.height=32", "sampling.width=32", "sampling.steps=2", "model.compile=false")
@@ -79,3 +80,21 @@ def test_shares_are_by_position_and_a_folder_is_shared_by_all_or_by_none(tmp_pat
     assert sorted(map(sorted, shares)) == [[0], [1], [2]]
     assert sum(len(ids) for ids in begun(tmp_path).values()) == COUNT == len(finished(tmp_path / "out"))
     assert sum(status == "done" for status, _ in statuses(tmp_path / "out").values()) == COUNT
+
+
+def test_a_run_that_waits_for_a_silent_one_tells_what_it_has_done_and_stops_on_request(tmp_path: Path) -> None:
+    file = prompts(tmp_path / "p.jsonl", [f'{{"prompt": "a circle", "id": "{id}"}}' for id in ("here", "there")])
+    (tmp_path / "out" / "claims").mkdir(parents=True)
+    (tmp_path / "out" / "claims" / "there.0").touch()
+    with Running(2, f"prompts={file}", "queue.shared=true", *TINY, *SHORT, cwd=tmp_path) as program:
+        program.until("1/2 videos, here done")
+        deadline = time.monotonic() + 30
+        while (tmp_path / "out" / "claims" / "here.0").exists():
+            assert time.monotonic() < deadline, "it is released"
+            time.sleep(0.05)
+        (log,) = (tmp_path / "out").glob("run-*.log")
+        os.kill(int(re.findall(r"rank 1: .* pid (\d+)", log.read_text())[0]), signal.SIGTERM)
+        code, _ = program.ended(60)
+        assert code == 75, program.said
+    assert statuses(tmp_path / "out") == {"here": ("done", ""), "there": ("pending", "")}
+    assert [path.name for path in (tmp_path / "out" / "claims").iterdir()] == ["there.0"]
