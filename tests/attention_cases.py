@@ -21,13 +21,10 @@ UNTIMED = Spans(None, lambda: 0.0)
 
 def unprojected(v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """An x and a linear layer's weight and bias that make v, [B, tokens, H, D], of it; each row has its effect."""
-    whole = v.flatten(2)
-    width = whole.shape[2]
-    bias = torch.linspace(-1, 1, width, dtype=torch.float64).to(v)
-    order = torch.arange(width, device=v.device).roll(width // 2)
-    x = torch.empty_like(whole)
-    x[..., order] = whole - bias
-    return x, torch.eye(width, dtype=v.dtype, device=v.device)[order], bias
+    whole, width = v.flatten(2), v.shape[2] * v.shape[3]
+    bias = torch.linspace(-1, 1, width, dtype=torch.float64, device=v.device).to(v.dtype)
+    turn = width // 2
+    return (whole - bias).roll(-turn, 2), torch.eye(width, dtype=v.dtype, device=v.device).roll(turn, 0), bias
 
 
 @dataclass(frozen=True)

@@ -35,9 +35,10 @@ class Split:
     sequence: Sequence
 
     def __init__(self, model: Any) -> None:
+        cross = Cross(self)
         for block in model.blocks:
             block.attn1.set_processor(self)
-            block.attn2.set_processor(Cross(self))
+            block.attn2.set_processor(cross)
         model.blocks[0].register_forward_pre_hook(self._keep)
         model.rope.register_forward_hook(self._cut)
         model.proj_out.register_forward_hook(self._gather)
