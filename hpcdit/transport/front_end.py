@@ -38,11 +38,13 @@ class FrontEnd:
     def works(self, world: World, device: torch.device, word: torch.Tensor, there: int) -> bool:
         """Whether all ranks' devices have them, by themselves and in a graph. Collective over the world.
 
+        In a graph a wait on one stream may not hold up a signal on another, for which the peer waits.
+
         word: of symmetric memory, int64; there: the address of the same word of another rank, or of the own one where
         no other can be reached; each has its word written by one.
         """
         has = importlib.import_module("cuda.core").Device(device.index).properties.can_use_64_bit_stream_mem_ops
-        stream = torch.cuda.Stream(device)
+        stream, side = torch.cuda.Stream(device), torch.cuda.Stream(device)
 
         def clear() -> None:
             word.zero_()
@@ -52,11 +54,29 @@ class FrontEnd:
             if int(word) != 1:
                 raise BrokenRun("what was written is not there")
 
+        def beside() -> None:
+            begun, written = torch.cuda.Event(), torch.cuda.Event()
+            begun.record(stream)
+            side.wait_event(begun)
+            wait()
+            self.write(there, side.cuda_stream)
+            written.record(side)
+            stream.wait_event(written)
+
+        def crossed() -> None:
+            try:
+                self._as_graph(beside, stream)
+            except BrokenRun:
+                word.fill_(1)  # lets a stream go on that waits for what its peer cannot send
+                stream.synchronize()
+                raise
+
         write = partial(self.write, there, stream.cuda_stream)
         wait = partial(self.wait, word.data_ptr(), stream.cuda_stream)
         steps = list[Callable[[], object]]()
         for run in (self._at_once, self._as_graph):
             steps += [clear, partial(run, write, stream), written, partial(run, wait, stream)]
+        steps += [clear, crossed]
         works = not world.largest(not has, WHAT)
         for step in steps:
             works = works and not world.largest(_fails(step), WHAT)  # no rank goes on before all have tried

@@ -27,8 +27,9 @@ class Cuda:
 
     cudaStreamCaptureMode = SimpleNamespace(cudaStreamCaptureModeRelaxed=2)
 
-    def __init__(self, refused: str = "", lost: bool = False) -> None:
-        self.refused, self.lost, self.stuck = refused, lost, False
+    def __init__(self, refused: str = "", lost: bool = False, one_queue: bool = False) -> None:
+        """one_queue: what stands on several streams of a graph is done in the order in which it was captured."""
+        self.refused, self.lost, self.one_queue, self.stuck = refused, lost, one_queue, False
         self.calls: list[str] = []
         self.graph: list[Callable[[], None]] | None = None
 
@@ -51,7 +52,8 @@ class Cuda:
 
     def cuStreamWaitValue64(self, stream: int, address: int, value: int, flags: int) -> tuple[Error]:
         def body() -> None:
-            self.stuck = self.stuck or ctypes.c_int64.from_address(address).value < value
+            self.waits_for = address
+            self.stuck = ctypes.c_int64.from_address(address).value < value
 
         return self._do("wait", body)
 
@@ -67,9 +69,15 @@ class Cuda:
         return Error.SUCCESS, graph
 
     def cudaGraphLaunch(self, graph: Any, stream: int) -> tuple[Error]:
-        for body in graph:
-            body()
+        for body in graph if self.one_queue else reversed(graph):
+            if not self.stuck:
+                body()
         return (Error.SUCCESS,)
+
+    def synchronize(self) -> None:
+        """Of a stream: for ever, if it waits for what does not come."""
+        assert not self.stuck or ctypes.c_int64.from_address(self.waits_for).value
+        self.stuck = False
 
     def cudaGraphExecDestroy(self, graph: Any) -> tuple[Error]:
         return (Error.SUCCESS,)
@@ -83,7 +91,8 @@ def works(monkeypatch: pytest.MonkeyPatch, cuda: Cuda, able: bool = True) -> boo
     for name, module in (("cuda.core", core), ("cuda.bindings.driver", cuda), ("cuda.bindings.runtime", cuda)):
         monkeypatch.setitem(sys.modules, name, module)
     event = SimpleNamespace(record=lambda stream: None, query=lambda: not cuda.stuck)
-    monkeypatch.setattr(torch.cuda, "Stream", lambda device: SimpleNamespace(cuda_stream=7))
+    stream = SimpleNamespace(cuda_stream=7, wait_event=lambda event: None, synchronize=cuda.synchronize)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: stream)
     monkeypatch.setattr(torch.cuda, "Event", lambda: event)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     monkeypatch.setattr(front_end, "PROBE_S", 0)
@@ -95,7 +104,8 @@ def works(monkeypatch: pytest.MonkeyPatch, cuda: Cuda, able: bool = True) -> boo
 def test_they_are_tried_by_themselves_and_in_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     cuda = Cuda()
     assert works(monkeypatch, cuda)
-    assert cuda.calls == ["write", "wait", "write in a graph", "wait in a graph"]
+    assert cuda.calls[:4] == ["write", "wait", "write in a graph", "wait in a graph"]
+    assert cuda.calls[4:] == ["wait in a graph", "write in a graph"], "and one beside the other"
 
 
 @pytest.mark.parametrize("refused", ["write", "wait", "write in a graph", "wait in a graph"])
@@ -109,6 +119,12 @@ def test_a_value_that_does_not_arrive_is_not_waited_for(monkeypatch: pytest.Monk
     cuda = Cuda(lost=True)
     assert not works(monkeypatch, cuda)
     assert cuda.calls == ["write"]
+
+
+def test_a_wait_that_holds_up_the_signal_beside_it_is_released(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = Cuda(one_queue=True)
+    assert not works(monkeypatch, cuda)
+    assert not cuda.stuck
 
 
 def test_a_device_without_them_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
