@@ -4,6 +4,7 @@ import importlib
 import importlib.util
 import json
 import os
+import resource
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -98,9 +99,23 @@ class Device:
         # One for all: torch has 32 to hand out by turns, and one of them captures graphs.
         return Stream(self.torch)
 
+    def forget_peak(self) -> None:
+        """Lets `peak_bytes` begin anew, where there is a device of its own."""
+        if self.cuda:
+            torch.cuda.reset_peak_memory_stats(self.torch)
+
+    def peak_bytes(self) -> int:
+        """The most that this process held of the device's memory by way of torch; on the CPU, of the machine's."""
+        return torch.cuda.max_memory_allocated(self.torch) if self.cuda else resident_peak_bytes()
+
     def memory_bytes(self) -> float | None:
         """Of the device, if it has memory of its own."""
         return float(torch.cuda.get_device_properties(self.torch).total_memory) if self.cuda else None
+
+
+def resident_peak_bytes() -> int:
+    """The most that this process held of the machine's memory."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def bind(kind: str, world: "World", exact: bool = False) -> Device:

@@ -7,7 +7,7 @@ headers say, and the configurations fit each other.
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,8 @@ class ModelShape:
     patch: latent (frames, rows, columns) of one token; vae_temporal, vae_spatial: pixels per latent along
     time and along height and width; max_patches: tokens in one direction that its rotary table has rows for;
     multiple: what the family's pipeline asks of height and width beyond that; ffn_dim: width of the feed-forward
-    layers.
+    layers. weights, vae_weights: numbers in transformer and text encoder, and in the VAE, which stays in float32; 0
+    where there is no checkpoint.
     """
 
     layers: int
@@ -40,6 +41,8 @@ class ModelShape:
     max_patches: int = 1024
     multiple: int = 1
     ffn_dim: int = 0
+    weights: int = field(default=0, compare=False)
+    vae_weights: int = field(default=0, compare=False)
 
     def latents(self, num_frames: int, height: int, width: int) -> tuple[int, int, int, int]:
         """The latents' shape (channels, frames, rows, columns) for a video of a legal size."""
@@ -70,7 +73,8 @@ class ModelShape:
 class ModelFolder:
     """A checked checkpoint. The dicts are the components' configurations with diffusers' defaults filled in.
 
-    files: bytes of each file that counts, by its name relative to `path`; fingerprint: of their content, see
+    weights: numbers in each part that has some; files: bytes of each file that counts, by its name relative to `path`;
+    fingerprint: of their content, see
     `weights.fingerprint`.
     """
 
@@ -80,6 +84,7 @@ class ModelFolder:
     vae: dict[str, Any]
     text_encoder: dict[str, Any]
     scheduler: dict[str, Any]
+    weights: dict[str, int]
     files: dict[str, int]
     fingerprint: str
 
@@ -111,6 +116,8 @@ def shape(folder: ModelFolder) -> ModelShape:
         max_patches=transformer["rope_max_seq_len"],
         multiple=16,  # WanPipeline.check_inputs
         ffn_dim=transformer["ffn_dim"],
+        weights=folder.weights["transformer"] + folder.weights["text_encoder"],
+        vae_weights=folder.weights["vae"],
     )
 
 
@@ -141,6 +148,7 @@ def _inspect(folder: Path) -> ModelFolder:
         vae=vae.values,
         text_encoder=text_encoder.values,
         scheduler=scheduler.values,
+        weights={part: sum(map(math.prod, found.tensors.values())) for part, found in weights.items()},
         files={path.relative_to(folder).as_posix(): path.stat().st_size for path in files},
         fingerprint=digest,
     )

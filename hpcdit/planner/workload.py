@@ -18,7 +18,7 @@ class Workload:
 
     tokens: of one video; batch: videos that are computed together; text_tokens: that each layer attends beside;
     latents: elements of one noise prediction; out_channels: of a token after the last layer; itemsize: bytes of an
-    element.
+    element. weights: elements of all that is loaded beside it, 0 for the layers' alone; float_weights: in float32.
     """
 
     tokens: int
@@ -34,6 +34,8 @@ class Workload:
     latents: int = 0
     out_channels: int = 64
     batch: int = 1
+    weights: int = 0
+    float_weights: int = 0
 
     @property
     def width(self) -> int:
@@ -41,8 +43,9 @@ class Workload:
 
     @property
     def weights_bytes(self) -> int:
-        """Of the transformer's blocks, which every rank holds whole: two attentions and two feed-forward layers."""
-        return self.layers * (8 * self.width**2 + 2 * self.width * self.ffn_dim) * self.itemsize
+        """Which every rank holds whole; of the transformer's layers at least, two attentions and two products each."""
+        layers = self.layers * (8 * self.width**2 + 2 * self.width * self.ffn_dim)
+        return max(self.weights, layers) * self.itemsize + 4 * self.float_weights
 
     def rest_s(self, ranks: int, costs: Costs) -> float:
         """Seconds of a layer beside self-attention, on the busiest of `ranks` ranks that share a video."""
@@ -65,7 +68,17 @@ class Workload:
         return SETS * (4 * whole * self.itemsize + self.gather_bytes())
 
     def memory_bytes(self, ulysses: int, ring: int, stored: bool) -> int:
-        """What the busiest rank holds while it denoises: weights, activations, and symmetric memory.
+        """What the busiest rank holds while it denoises: weights, activations, and symmetric memory, see below."""
+        exchanged = self.exchanged_bytes(ulysses, ring, stored)
+        return self.weights_bytes + self.activation_bytes(ulysses * ring) + exchanged
+
+    def activation_bytes(self, ranks: int) -> int:
+        """Of the busiest of `ranks` ranks that share a video, beside what others read or write."""
+        elements = ceil(self.tokens / ranks) * (ACTIVATIONS * self.width + 2 * self.ffn_dim)
+        return self.batch * elements * self.itemsize + self.gather_bytes()
+
+    def exchanged_bytes(self, ulysses: int, ring: int, stored: bool) -> int:
+        """Symmetric memory that a layout takes of the busiest rank.
 
         stored: whether keys and values of other ranks are copied into this rank's memory; else they are read in place.
         """
@@ -74,7 +87,4 @@ class Workload:
         mates = tokens * ulysses * slot if ulysses > 1 else 0  # q of others, and their o on its way home
         keys = 2 * (tokens * ulysses * ring if stored else tokens * ulysses) * slot
         elements = SETS * (4 * tokens * width + 2 * mates + keys)
-        elements += tokens * (ACTIVATIONS * width + 2 * self.ffn_dim)
-        return (
-            self.weights_bytes + self.batch * elements * self.itemsize + self.gather_bytes() + 2 * self.exchange_bytes()
-        )
+        return self.batch * elements * self.itemsize + 2 * self.exchange_bytes()

@@ -47,6 +47,8 @@ def workload(model: ModelShape, sampling: Sequence[Sampling], dtype: str, batch:
         latents=prod(model.latents(*sizes)),
         out_channels=model.token_channels,
         batch=batch or 1,
+        weights=model.weights,
+        float_weights=model.vae_weights,
     )
 
 

@@ -43,6 +43,11 @@ class Planner:
         costs = overridden(measured, config.cluster.costs)
         return cluster.world.together(lambda: cls(work, cluster.nodes, costs, config), "the plan")
 
+    @property
+    def memory_bytes(self) -> int:
+        """What the plans until now have predicted of a rank, at most."""
+        return max(plan.memory_bytes for plan in (self.batch, *self._plans.values()))
+
     def __call__(self, shape: Shape, nodes: Sequence[int], below: int | None = None) -> Plan:
         """The plan for layers of `shape` in a group whose ranks lie on `nodes`, worked out once.
 

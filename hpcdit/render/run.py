@@ -2,7 +2,6 @@
 
 import gc
 import os
-import resource
 import sys
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
@@ -14,7 +13,7 @@ import torch
 
 from ..cluster import Cluster, World
 from ..config import Config
-from ..device import bind
+from ..device import Device, bind, resident_peak_bytes
 from ..errors import BrokenRun, Stopped
 from ..mesh import Mesh
 from ..models import adapter_of
@@ -71,11 +70,9 @@ def render(config: Config, world: World, cluster: Cluster, batch: Batch, stop: S
             raise
         if report:
             report.close()
-        peak = world.largest(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, "the end of the batch")
         code = OK
         if report:
             code = FAILED if report.failed else OK
-            report.log.info("peak memory: %.2f GiB on the largest rank", peak / 2**30)
             _summary(folder, report, len(batch.done), config.queue.claims)
         return int(world.broadcast(code, "the exit code"))
 
@@ -100,6 +97,8 @@ def _render(
     with trace.span("connect", "inter"):
         transport = network.transport(groups.sequence)
         halves = groups.halves(network, trace)
+    device.forget_peak()  # which was that of what measures
+    before = 0 if device.cuda else device.peak_bytes()
     with trace.span("load", "io"):
         load, m = adapter_of(batch.folder.family).load, config.model
         graph = m.graph and transport.streams
@@ -143,6 +142,7 @@ def _render(
         engine.render(batch.todo)
     except Stopped as error:  # by all ranks together
         stopped = error
+    _log_memory(world, device, network, planner.memory_bytes + before, report)
     if halves:
         halves.close()
     groups.close()
@@ -160,6 +160,17 @@ def _source(config: Config, batch: Batch, stack: ExitStack) -> Source:
     shared = Shared(todo, [job.id for job in batch.todo], claims)
     stack.callback(shared.close)
     return shared
+
+
+def _log_memory(world: World, device: Device, network: Network, planned: int, report: Report | None) -> None:
+    """The most that a rank held, beside what was planned. planned: what the process held before included."""
+    ours = (resident_peak_bytes(), device.peak_bytes() + network.peak_bytes(), planned)
+    resident, peak, planned_gib = (world.largest(n, "the end of the batch") / 2**30 for n in ours)
+    if report:
+        plan = f", {planned_gib:.2f} GiB planned"
+        report.log.info("peak memory: %.2f GiB on the largest rank%s", resident, "" if device.cuda else plan)
+        if device.cuda:
+            report.log.info("peak GPU memory: %.2f GiB on the largest rank%s", peak, plan)
 
 
 def _log_plan(planner: Planner, report: Report) -> None:

@@ -49,6 +49,14 @@ class Network:
 
         return cluster.world.together(lambda: MpiTransport(cluster, self.inter), "the links")
 
+    def peak_bytes(self) -> int:
+        """Symmetric memory of this process's device that was in use at the same time, at most."""
+        if not self._nvshmem:
+            return 0
+        from .heap import current
+
+        return current().peak
+
     def close(self) -> None:
         """Collective over the world."""
         if self._nvshmem:

@@ -35,6 +35,7 @@ class Heap:
         first = -self._whole.data_ptr() % ALIGN  # the same on all ranks
         self.bytes = self._whole[first : first + nbytes]
         self._taken: list[tuple[int, int]] = []
+        self.peak = 0  # bytes taken at the same time
         self._one = torch.ones(1, dtype=torch.int64, device=device)
         self._runtime = importlib.import_module("cuda.bindings.runtime")
         # Of high priority: a wait that is a kernel gets its place on an SM before more blocks of attention.
@@ -64,6 +65,7 @@ class Heap:
 
     def take(self, start: int, nbytes: int) -> torch.Tensor:
         self._taken.append((start, start + nbytes))
+        self.peak = max(self.peak, self.nbytes - self.free())
         return self.bytes[start : start + nbytes]
 
     def give(self, start: int) -> None:

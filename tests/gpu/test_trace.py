@@ -1,6 +1,7 @@
 """The times of what GPUs do inside their graphs."""
 
 import json
+import re
 from pathlib import Path
 
 import h5py
@@ -60,6 +61,8 @@ def test_what_gpus_do_is_recorded_where_they_do_it(start: Start, how: tuple[str,
     common = ("model.device=cuda", "parallel.replicas=1", "parallel.cfg=1", *PLAIN, *how)
     wanted = frames(start, tmp_path, "untraced", *common)
     found = frames(start, tmp_path, "traced", *common, "trace.level=2")
+    peak = re.search(r"peak GPU memory: ([\d.]+) GiB.* ([\d.]+) GiB planned", (tmp_path / "traced/run.log").read_text())
+    assert peak and float(peak[1]) > 0 and float(peak[2]) > 0
     for path in sorted((tmp_path / "traced" / "videos").glob("*.h5")):
         check(path)
     assert all(np.array_equal(ours, theirs) for ours, theirs in zip(found, wanted, strict=True))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -69,6 +70,8 @@ def test_a_run_leaves_videos_index_and_log_that_h5py_alone_reads(tmp_path: Path)
         assert idle.steps == 4 and len(idle.between) == 2, "two videos of two steps"
         assert 0 < idle.attend_s < idle.busy_s < idle.window_s
     log = (tmp_path / "out" / "run.log").read_text()
+    peak = re.search(r"peak memory: ([\d.]+) GiB on the largest rank, ([\d.]+) GiB planned", log)
+    assert peak and 0 < float(peak[2]) <= float(peak[1])
     assert "\x1b" not in log + ended.stderr and "\r" not in log + ended.stderr
     assert ended.stdout.count("2 videos done") == 1
 

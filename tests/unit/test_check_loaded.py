@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from hpcdit.config import demo_model
 from hpcdit.errors import InputError
 from hpcdit.models.loading import inspect
 from hpcdit.models.wan import Wan
@@ -25,6 +26,14 @@ def refused(folder: Path) -> str:
 
 def test_a_whole_checkpoint_is_loaded(whole: Path) -> None:
     assert Wan.load(inspect(whole)).shape.heads == 5
+
+
+def test_weights_are_counted_before_they_are_loaded(whole: Path) -> None:
+    for folder in (inspect(whole), inspect(demo_model())):
+        pipe = Wan.load(folder)._pipe
+        for part, count in folder.weights.items():
+            tensors = getattr(pipe, part).state_dict(keep_vars=True).values()
+            assert count == sum({tensor.data_ptr(): tensor.numel() for tensor in tensors}.values()), part
 
 
 def test_weights_of_another_part_are_refused(whole: Path, tmp_path: Path) -> None:

@@ -222,7 +222,7 @@ class Step:
             f"Wan 2.1 {args.model}, {self.layers} of its {self.model.layers} layers, random weights, {kept};"
             f" {args.frames} frames of {args.size}: {self.tokens} tokens; {passes}\n"
             f"medians of {args.repeat}, of the slowest GPU; seconds of the whole model: {whole};\n"
-            "peak: of torch's own memory, weights included; difference: to the first line, relative"
+            "peak: of torch's own memory, weights included; planned: the same; difference: to the first line, relative"
         )
 
     def whole(self, row: Row, typical: float) -> float:

@@ -40,8 +40,10 @@ class Ours:
         of, dtype, kernels = transformer.config, torch.bfloat16, self.device.kernels
         heads, dim = of.num_attention_heads, of.attention_head_dim
         costs = calibrate(self.cluster, self.transport, self.device, dtype, dim)
+        self.device.forget_peak()
         guided = self.args.guided
-        work = Workload(self.tokens, heads, dim, of.num_layers, of.ffn_dim, guided=guided, itemsize=2)
+        weights = sum(parameter.numel() for parameter in transformer.parameters())
+        work = Workload(self.tokens, heads, dim, of.num_layers, of.ffn_dim, guided=guided, itemsize=2, weights=weights)
         plan = plan_group(work, self.cluster.nodes, costs)
         shape, spans = Shape(1, self.tokens, heads, dim), Spans(None, lambda: 0.0)
         channels = transformer.proj_out.out_features
@@ -57,7 +59,10 @@ class Ours:
             passes.begin(None)
             sequence.close()
 
-        return f"hpcdit, {plan.layout}", transformer, close
+        planned = work.weights_bytes + work.activation_bytes(self.transport.size)
+        if self.transport.size == 1:  # else it is NVSHMEM's memory
+            planned += work.exchanged_bytes(1, 1, stored=False)
+        return f"hpcdit, {plan.layout}, {planned / 2**30:.1f} GiB planned", transformer, close
 
     def close(self) -> None:
         self.network.close()
