@@ -121,6 +121,13 @@ class Failures:
 
 
 @dataclass(frozen=True)
+class Checkpoint:
+    """`seconds` between two of a video; None: there are none."""
+
+    seconds: float | None
+
+
+@dataclass(frozen=True)
 class Trace:
     """0: nothing, 1: stages and steps, 2: also every transfer and attention call."""
 
@@ -138,6 +145,7 @@ PARTS = {
     "queue": QueueSpec,
     "output": Output,
     "failures": Failures,
+    "checkpoint": Checkpoint,
     "trace": Trace,
 }
 
@@ -149,6 +157,7 @@ class Config:
     mode: str
     prompts: str | None
     resume: bool
+    grace_s: float
     model: Model
     sampling: dict[str, Any]
     parallel: Parallel
@@ -158,6 +167,7 @@ class Config:
     queue: QueueSpec
     output: Output
     failures: Failures
+    checkpoint: Checkpoint
     trace: Trace
 
     def to_dict(self) -> dict[str, Any]:

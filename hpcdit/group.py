@@ -140,12 +140,15 @@ class Group:
 
     def broadcast(self, value: Any, what: str, root: int = 0) -> Any:
         """`value` of `root` on every rank, as JSON carries it."""
-        data = np.frombuffer(json.dumps(value).encode(), np.uint8).copy() if self.rank == root else None
-        size = np.array([0 if data is None else len(data)], np.int64)
+        return json.loads(self.share(json.dumps(value).encode() if self.rank == root else b"", what, root))
+
+    def share(self, data: bytes, what: str, root: int = 0) -> bytes:
+        """`data` of `root` on every rank."""
+        size = np.array([len(data)], np.int64)
         self.complete(lambda: self.comm.Ibcast(size, root), [root], what)
-        content = np.empty(size[0], np.uint8) if data is None else data
+        content = np.frombuffer(data, np.uint8).copy() if self.rank == root else np.empty(size[0], np.uint8)
         self.complete(lambda: self.comm.Ibcast(content, root), [root], what)
-        return json.loads(content.tobytes())
+        return content.tobytes()
 
     def agree(self, first: Callable[[], Any], what: str) -> Any:
         """What `first` returns on rank 0, on every rank; an InputError of it is raised on every rank."""

@@ -131,6 +131,7 @@ RULES: Mapping[str, Rule] = {
     "mode": _choice("render", "plan"),
     "prompts": _path("a .txt or .jsonl file", null="the demo's captions"),
     "resume": _flag(),
+    "grace_s": _number(),
     "model.name": _name(null="the model folder's name"),
     "model.path": _path("a folder in diffusers' format", null="the demo model"),
     "model.dtype": _choice("float32", "bfloat16", "float16"),
@@ -181,6 +182,7 @@ RULES: Mapping[str, Rule] = {
     "output.dir": _path("a folder"),
     "output.compression": _choice("gzip", "lzf", "none"),
     "output.video": _choice("none", "mp4"),
+    "checkpoint.seconds": _number(null="none are written"),
     "failures.max": _integer(1, null="the others go on, however many fail"),
     "trace.level": _integer(0, 2),
 }

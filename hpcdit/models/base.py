@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 if TYPE_CHECKING:
     import numpy as np
@@ -81,6 +81,22 @@ class Conditions:
     negative_cut: int = 0
 
 
+@dataclass(frozen=True, eq=False)
+class Snapshot:
+    """A denoising of B videos at the end of a step: all that is needed to go on from there.
+
+    step: steps that are done; latents: [B, C, f, h, w], float32; state: what the scheduler remembers by name, as plain
+    values, tensors (one that is as large as the latents has a row a video), and lists of these.
+    """
+
+    step: int
+    latents: "Tensor"
+    state: dict[str, Any]
+
+
+OnStep = Callable[[int, Callable[[], Snapshot]], None]
+
+
 class Adapter(ABC):
     """One loaded model. Its calls may be made in any order and again after any of them raised.
 
@@ -125,14 +141,16 @@ class Adapter(ABC):
         steps: int,
         guidance_scale: float,
         sequence: Sequence,
-        on_step: Callable[[int], None],
+        on_step: OnStep,
         halves: Halves | None = None,
+        start: Snapshot | None = None,
     ) -> "Tensor":
         """Denoises as many videos together as there are conditions and noises.
 
         Returns the latents, as large as `noise`, on every rank of the group. With `halves`, each half computes the
         prediction that is its own where there is guidance; where there is none, both compute the same.
-        on_step(i) is called at the end of step i = 0, 1, ...; what it raises ends the loop and goes through.
+        on_step(i, snapshot) is called at the end of step i = 0, 1, ...; what it raises ends the loop and goes through.
+        Only inside it may `snapshot()` be called; the same values as its latents, and as its `start`, go on from there.
         Raises ValueError if guidance wants a negative prompt and `conditions` has none.
         """
 

@@ -5,7 +5,6 @@ are shared out: the first takes this rank's tokens alone, self-attention goes th
 projection after the last brings all tokens together again. All of it by diffusers' and torch's public hooks.
 """
 
-from collections.abc import Callable
 from typing import Any, Self
 
 import diffusers
@@ -20,10 +19,11 @@ from torch import Tensor
 from hpcdit.command_line import one_line
 from hpcdit.errors import InputError, VideoError
 
-from .base import Adapter, Conditions, Halves, Sequence
+from .base import Adapter, Conditions, Halves, OnStep, Sequence, Snapshot
 from .encodings import Encodings
 from .graphs import Passes
 from .loading import WEIGHTS, ModelFolder, check_loaded, shape
+from .resume import resumed, state
 
 
 class Split:
@@ -243,34 +243,41 @@ class Wan(Adapter):
         steps: int,
         guidance_scale: float,
         sequence: Sequence,
-        on_step: Callable[[int], None],
+        on_step: OnStep,
         halves: Halves | None = None,
+        start: Snapshot | None = None,
     ) -> Tensor:
         guided = self.guided(guidance_scale)
         if guided and conditions.negative is None:
             raise ValueError(f"guidance_scale {guidance_scale} wants conditions encoded with guided=True")
 
         def on_step_end(pipe: Any, step: int, timestep: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-            on_step(step)
+            def snapshot() -> Snapshot:
+                latents = tensors["latents"].to("cpu", copy=True)
+                return Snapshot(first + step + 1, latents, state(pipe.scheduler))
+
+            on_step(first + step, snapshot)
             return {}
 
+        first, latents = (0, noise) if start is None else (start.step, start.latents.to(noise.device))
         frames, rows, columns = noise.shape[2:]
         self._split.sequence = sequence
         self._passes.begin(sequence)
         self._guidance.begin(halves, conditions.negative if guided else None)
         try:
-            return self._pipe(
-                prompt_embeds=conditions.prompt,
-                negative_prompt_embeds=conditions.negative,
-                latents=noise,
-                num_frames=(frames - 1) * self.shape.vae_temporal + 1,
-                height=rows * self.shape.vae_spatial,
-                width=columns * self.shape.vae_spatial,
-                num_inference_steps=steps,
-                guidance_scale=guidance_scale,
-                output_type="latent",
-                callback_on_step_end=on_step_end,
-            ).frames
+            with resumed(self._pipe.scheduler, start, latents):
+                return self._pipe(
+                    prompt_embeds=conditions.prompt,
+                    negative_prompt_embeds=conditions.negative,
+                    latents=latents,
+                    num_frames=(frames - 1) * self.shape.vae_temporal + 1,
+                    height=rows * self.shape.vae_spatial,
+                    width=columns * self.shape.vae_spatial,
+                    num_inference_steps=steps,
+                    guidance_scale=guidance_scale,
+                    output_type="latent",
+                    callback_on_step_end=on_step_end,
+                ).frames
         finally:
             del self._split.sequence  # and with it, if nobody else holds it, its memory
             self._guidance.begin(None, None)

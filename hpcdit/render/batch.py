@@ -18,6 +18,7 @@ from ..output import atomic
 from ..output.catalog import NAME as CATALOG
 from ..output.claims import FOLDER as CLAIMS
 from ..planner.search import legal
+from .checkpoints import FOLDER as CHECKPOINTS
 from .manifest import Job, estimate_bytes, fits, read
 from .plan import fixed, workload
 from .resume import resume
@@ -81,7 +82,7 @@ def prepare(config: Config, nodes: Sequence[int]) -> Batch:
 
 def check_links(folder: Path) -> None:
     """Raises InputError where something in the output folder leads out of it; the folder itself may be a link."""
-    for name in (*FILES, "videos", CLAIMS):
+    for name in (*FILES, "videos", CLAIMS, CHECKPOINTS):
         if (folder / name).is_symlink():
             raise InputError(
                 f"output.dir={folder}: {folder / name} is a symbolic link; allowed: one for the output folder itself"

@@ -1,6 +1,7 @@
 """The render loop of a group: all its ranks encode and denoise together; one of them, in turn, decodes and writes."""
 
 import json
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,16 +14,18 @@ from ..attention.schedule import Shape
 from ..attention.session import SequenceParallel
 from ..device import Device
 from ..errors import InputError, Stopped
-from ..group import FATAL, Group
-from ..models.base import Adapter, Conditions
+from ..group import Group
+from ..models.base import Adapter, Conditions, Snapshot
 from ..output.trace import EVENT, Trace
 from ..planner.plans import Plan
 from ..transport.base import Transport
+from .checkpoints import Checkpoints, join, unpack
+from .denoising import Denoiser
 from .groups import Halves
 from .manifest import Job
 from .queue import Queue
 from .stages import Denoised, Finisher
-from .together import GivenUp, Position, Together, release
+from .together import GivenUp, Together, release
 
 
 @dataclass
@@ -31,7 +34,8 @@ class Engine:
 
     number: of the group; group: the ranks that share videos; transport: between those of them that share sequences;
     halves: where each of two parts computes one prediction of guidance; graph: whether the adapter replays passes as
-    CUDA graphs; plan: the layout for a shape, where bytes are given one that stays below them.
+    CUDA graphs; plan: the layout for a shape, where bytes are given one that stays below them; checkpoints: on the
+    group's first rank.
     """
 
     number: int
@@ -46,12 +50,17 @@ class Engine:
     finisher: Finisher
     trace: Trace
     queue: Queue
+    checkpoints: Checkpoints | None
     _session: SequenceParallel | None = None
     _plan: Plan | None = None
     _count: int = 0  # videos that this group has denoised
 
     def __post_init__(self) -> None:
-        self._together = Together(self.group, self.queue.stopping, lambda trace: self._tell("trace", text=trace))
+        self._together = Together(self.group, self.queue.seconds_left, lambda text: self._tell("trace", text=text))
+        self._denoise = Denoiser(
+            self.adapter, self.transport, self.halves, self.device, self.dtype, self.graph, self._together, self.trace,
+            self.checkpoints, lambda ids, step: self._tell("step", ids=ids, step=step), self.finisher.expected_s,
+        )  # fmt: skip
 
     @property
     def _leads(self) -> bool:
@@ -82,82 +91,64 @@ class Engine:
     def _render(self, jobs: Sequence[Job], below: int | None = None) -> None:
         """Renders videos together; where that fails one by one, and one for which memory is short once more.
 
-        below: bytes that a rank's plan has to stay below.
+        Those of which there are checkpoints go on from there. below: bytes that a rank's plan has to stay below.
         """
-        started = time.perf_counter()
-        failure = self._attempt(jobs, below)
-        if failure is None:
-            return
-        release()
-        if len(jobs) > 1:
-            self._tell("again", ids=[job.id for job in jobs], reason=failure.reason, how="one by one")
-            for job in jobs:
-                self._render([job])
-        elif failure.memory and below is None and self._plan is not None:
-            self._collect(wait=True)  # what is decoded meanwhile takes memory, too
-            self._tell("again", ids=[jobs[0].id], reason=failure.reason, how="by the smallest plan that there is")
-            self._render(jobs, self._plan.memory_bytes)
-        else:
-            seconds = time.perf_counter() - started
-            self._tell("ended", id=jobs[0].id, status="failed", seconds=seconds, reason=failure.reason)
+        for part, start in self._parts(jobs):
+            started = time.perf_counter()
+            failure = self._attempt(part, start, below)
+            if failure is None:
+                continue
+            release()
+            if len(part) > 1:
+                self._tell("again", ids=[job.id for job in part], reason=failure.reason, how="one by one")
+                for job in part:
+                    self._render([job])
+            elif failure.memory and below is None and self._plan is not None:
+                self._collect(wait=True)  # what is decoded meanwhile takes memory, too
+                how = "by the smallest plan that there is"
+                self._tell("again", ids=[part[0].id], reason=failure.reason, how=how)
+                self._render(part, self._plan.memory_bytes)
+            else:
+                seconds = time.perf_counter() - started
+                self._tell("ended", id=part[0].id, status="failed", seconds=seconds, reason=failure.reason)
 
-    def _attempt(self, jobs: Sequence[Job], below: int | None) -> GivenUp | None:
+    def _parts(self, jobs: Sequence[Job]) -> list[tuple[list[Job], Snapshot | None]]:
+        """The jobs whose denoising goes on from the same step together, with what it goes on from."""
+        mine = [self.checkpoints.read(job) for job in jobs] if self.checkpoints else []
+        found = dict[int, list[tuple[Job, Snapshot]]]()
+        fresh = list[Job]()
+        sizes = self.group.broadcast([len(data) for data in mine], "the checkpoints")
+        for i, job in enumerate(jobs):
+            if not sizes[i]:
+                fresh.append(job)
+                continue
+            snapshot, _ = unpack(self.group.share(mine[i] if mine else b"", "a checkpoint"))
+            found.setdefault(snapshot.step, []).append((job, snapshot))
+        parts = [([job for job, _ in part], join([at for _, at in part])) for part in found.values()]
+        return [*parts, *([(fresh, None)] if fresh else [])]
+
+    def _attempt(self, jobs: Sequence[Job], start: Snapshot | None, below: int | None) -> GivenUp | None:
         """Renders videos together, but for what their owners have yet to finish; or why that is given up."""
         started, s = time.perf_counter(), jobs[0].sampling
         try:
             session = self._open(len(jobs), self.adapter.shape.tokens(s.num_frames, s.height, s.width), below)
-            self._tell("begins", ids=[job.id for job in jobs], plan=str(self._plan))
-            with self._together.stage("while encoding"), self.trace.span("encode", "compute"):
+            step = start.step if start else 0
+            self._tell("begins", ids=[job.id for job in jobs], plan=str(self._plan), step=step)
+            size = math.prod(self.adapter.shape.latents(s.num_frames, s.height, s.width)) * len(jobs)
+            needs_s = self._denoise.needs_s(session, s.steps - step, size)
+            with self._together.stage("while encoding", needs_s), self.trace.span("encode", "compute"):
                 conditions = stack([self._encode(job) for job in jobs])
                 noise = [self.adapter.noise(job.sampling.seed, s.num_frames, s.height, s.width) for job in jobs]
-            latents = self._denoise(jobs, conditions, torch.cat(noise), session)
+            latents = self._denoise(jobs, conditions, torch.cat(noise), session, start)
             session.spans.read()
         except GivenUp as failure:
             self.trace.take()
             return failure.with_traceback(None)  # which would hold on to all that was computed
         events = self.trace.take().tobytes()
         for i, job in enumerate(jobs):
-            self._hand_over(job, len(jobs), latents[i : i + 1], events, started)
+            self._hand_over(job, {"batch": len(jobs), "first_step": step}, latents[i : i + 1], events, started)
         self._collect()
         return None
-
-    def _denoise(
-        self, jobs: Sequence[Job], conditions: Conditions, noise: torch.Tensor, session: SequenceParallel
-    ) -> torch.Tensor:
-        """The latents of all `jobs`. Raises GivenUp or Stopped, on all ranks at the end of the same step."""
-        s, ids, ended = jobs[0].sampling, [job.id for job in jobs], 0
-        guided = self.adapter.guided(s.guidance_scale)
-        halves = self.halves if guided else None
-        passes = 2 if guided and halves is None else 1
-        position = Position(session, self.adapter.shape.layers, passes, halves, self.graph)
-        session.spans.begin()
-        step_start = self.trace.start("step")
-
-        def on_step(step: int) -> None:
-            nonlocal step_start, ended
-            self.transport.await_stream(f"step {step + 1}")
-            self.device.synchronize_stream()  # where transfers go through the host, there is more on it
-            self.trace.end("step", "compute", step_start)
-            session.spans.waited()
-            self._tell("step", ids=ids, step=step)
-            # After the last one there is only the writing left.
-            self._together.agree(may_stop=step + 1 < s.steps)
-            position.begin_step()
-            ended = step + 1
-            if ended < s.steps:
-                step_start = self.trace.start("step")
-
-        try:
-            return self.adapter.denoise(conditions, noise, s.steps, s.guidance_scale, session, on_step, self.halves)
-        except (GivenUp, *FATAL):
-            raise
-        except Exception as error:
-            if ended == s.steps:  # the others have left the loop
-                raise
-            failure = self._together.failure(error, f"in step {ended + 1} of {s.steps}")
-        position.drain(torch.zeros(noise.shape, dtype=self.dtype))
-        self._together.agree(failure)
-        raise AssertionError("a failure is agreed on")
 
     def _encode(self, job: Job) -> Conditions:
         limit = job.sampling.max_sequence_length
@@ -167,7 +158,7 @@ class Engine:
             self._tell("cut", id=job.id, tokens=conditions.prompt_cut, limit=limit)
         return conditions
 
-    def _hand_over(self, job: Job, batch: int, latents: torch.Tensor, events: bytes, started: float) -> None:
+    def _hand_over(self, job: Job, how: dict[str, int], latents: torch.Tensor, events: bytes, started: float) -> None:
         """Gives a denoised video to the rank whose turn it is, with the events of all ranks."""
         owner = self._count % self.group.size
         self._count += 1
@@ -175,7 +166,7 @@ class Engine:
         if self.group.rank == owner:
             every = np.concatenate([np.frombuffer(data, EVENT) for data in gathered])
             assert self._plan is not None
-            plan = {**self._plan.describe(), **self.transport.describe(), "batch": batch}
+            plan = {**self._plan.describe(), **self.transport.describe(), **how}
             # A copy: the rest of the batch need not stay in memory for it.
             self.finisher.submit(Denoised(job, plan, latents.to("cpu", copy=True), every, started))
 
@@ -215,6 +206,10 @@ class Engine:
         for data in self.group.gather(mine, 0, "the results of videos"):
             for result in json.loads(data):
                 self._tell("ended", **result)
+                if self.checkpoints and result["status"] == "done":
+                    self.checkpoints.remove(result["id"])
+        while self.checkpoints and self.checkpoints.said:
+            self._tell("warning", text=self.checkpoints.said.popleft())
 
 
 def stack(conditions: Sequence[Conditions]) -> Conditions:

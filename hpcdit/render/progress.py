@@ -74,13 +74,14 @@ class Report:
         self._all_steps, self._steps, self._shown = sum(work.values()), 0, 0.0
         self._opened = self._start = time.monotonic()  # the start is set anew when the first video begins
         self._terminal = sys.stderr.isatty()
+        self._before = 0  # steps that earlier runs have done
         self._at: dict[int, str] = {}  # what each group is at
 
     def hear(self, note: dict[str, Any]) -> None:
         """Takes what the leader of a group tells."""
         match note:
-            case {"what": "begins", "group": group, "ids": ids, "plan": plan}:
-                self.begins(group, ids, plan)
+            case {"what": "begins", "group": group, "ids": ids, "plan": plan, "step": step}:
+                self.begins(group, ids, plan, step)
             case {"what": "cut", "id": job_id, "tokens": tokens, "limit": limit}:
                 limit = f"sampling.max_sequence_length={limit}"
                 what = f"the last {tokens} tokens of the prompt are beyond {limit} and have no effect"
@@ -89,6 +90,8 @@ class Report:
                 self.step(group, ids, step)
             case {"what": "again", "ids": ids, "reason": reason, "how": how}:
                 self.log.warning("%s: %s; once more, %s", ", ".join(ids), reason, how)
+            case {"what": "warning", "text": text}:
+                self.log.warning("%s", text)
             case {"what": "trace", "text": text}:
                 self.log.error("%s", text.rstrip())
             case {"what": "ended", "id": job_id, "status": status, "seconds": seconds, "reason": reason}:
@@ -104,10 +107,13 @@ class Report:
     def failed(self) -> int:
         return self._failed
 
-    def begins(self, group: int, ids: list[str], plan: str) -> None:
+    def begins(self, group: int, ids: list[str], plan: str, step: int = 0) -> None:
+        """step: as many steps of these videos were done before."""
+        self._before += step * len(ids)
         self._start = time.monotonic() if not self._steps else self._start
         for job_id in ids:
-            self.log.info("%s: starts%s (%s)", job_id, f" in replica {group}" if group else "", plan)
+            how = f"goes on after step {step}" if step else "starts"
+            self.log.info("%s: %s%s (%s)", job_id, how, f" in replica {group}" if group else "", plan)
 
     def step(self, group: int, ids: list[str], step: int) -> None:
         """Step `step` (from 0) of videos that a group renders together has ended."""
@@ -133,7 +139,7 @@ class Report:
         if not now and not self._terminal and elapsed - self._shown < LINE_S:
             return
         self._shown = elapsed
-        left = elapsed / self._steps * max(self._all_steps - self._steps, 0) if self._steps else 0.0
+        left = elapsed / self._steps * max(self._all_steps - self._before - self._steps, 0) if self._steps else 0.0
         there = f" ({self._there} were there)" if self._there else ""
         line = f"{self._done}/{len(self._work)} videos{there}, {what}, {clock(left)} left"
         if self._terminal:

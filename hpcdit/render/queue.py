@@ -1,5 +1,6 @@
 """Which group renders what: one queue at rank 0, from which groups take jobs without ever waiting for each other."""
 
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -13,7 +14,8 @@ from .manifest import Job
 from .sources import Source
 
 ASK_S = 0.02  # between two questions for the next videos
-GOES_ON, STOPS = 0, 1  # what the desk's bell says
+GOES_ON, STOPS, STOPS_AT_ONCE = range(3)  # what the desk's bell says
+AT_ONCE = "SIGINT"  # who is at the keyboard does not wait
 
 
 def batches(jobs: Sequence[Job], most: int) -> list[list[int]]:
@@ -43,10 +45,12 @@ class Queue:
     def __init__(
         self, world: Group, groups: int, todo: Source, stop: StopRequest,
         hear: Callable[[dict[str, Any]], None] | None, most_failures: int | None = None,
+        grace_s: float = 0.0,
     ) -> None:  # fmt: skip
         """todo: what to hand out, and `hear`: what to do with notes, in the main thread; on rank 0.
 
-        most_failures: after so many failed videos nothing more is handed out; None: whatever fails.
+        most_failures: after so many failed videos nothing more is handed out; None: whatever fails. grace_s: seconds
+        in which what is under way may still be ended, from when a rank has heard that the run is to stop.
 
         Collective over the world.
         """
@@ -54,6 +58,7 @@ class Queue:
         self._left, self._notes = todo, deque[dict[str, Any]]()
         self._working, self._cut, self._by = groups, False, ""
         self._failed, self._most_failures = 0, most_failures
+        self._grace_s, self._heard = grace_s, 0.0
         self._told = False
         self._desk = Desk(world)
         self._desk.open(self._answer)
@@ -65,7 +70,7 @@ class Queue:
                 return self._left.take() if self._left and not self._by and not self._enough else []
             case "stop":
                 self._by = self._by or note["by"]
-                self._desk.ring(STOPS)
+                self._desk.ring(STOPS_AT_ONCE if self._by == AT_ONCE else STOPS)
             case "end":
                 self._cut = self._cut or note["cut"]
                 self._working -= 1
@@ -101,7 +106,15 @@ class Queue:
         if self._stop.by and not self._told:
             self._told = True
             self._desk.tell({"kind": "stop", "by": self._stop.by})
-        return bool(self._stop.by) or self._desk.rung() == STOPS
+        return bool(self._stop.by) or self._desk.rung() > GOES_ON
+
+    def seconds_left(self) -> float:
+        """For this rank to end what it is at; infinite unless it has heard that the run is to stop."""
+        if not self.stopping():
+            return math.inf
+        self._heard = self._heard or time.monotonic()
+        at_once = self._stop.by == AT_ONCE or self._desk.rung() == STOPS_AT_ONCE
+        return 0.0 if at_once else max(0.0, self._heard + self._grace_s - time.monotonic())
 
     def end(self, leader: bool, cut: bool) -> None:
         """Returns when all groups have ended. Raises Stopped on all ranks if any had to give up videos; collective.

@@ -30,6 +30,7 @@ from ..terminal import say
 from ..transport import Network
 from ..transport.heap import HEAP_BYTES
 from .batch import Batch, output_folder
+from .checkpoints import Checkpoints
 from .engine import Engine
 from .groups import Groups
 from .manifest import Job
@@ -125,17 +126,21 @@ def _render(
         config.output.video,
         world.cores,
         config.queue.claims,
+        config.grace_s / 2,
     )
     stack.callback(finisher.close)
+    checkpoints = _checkpoints(config, batch, groups, stack)
     dtype = getattr(torch, config.model.dtype)
     # What belongs to no video is the job's trace.
     events = world.gather(trace.take().tobytes(), 0, "the events of the job")
     if report:
         report.events = np.frombuffer(b"".join(events), EVENT)
-    queue = Queue(world, plan.replicas, todo, stop, report.hear if report else None, config.failures.max)
+    queue = Queue(
+        world, plan.replicas, todo, stop, report.hear if report else None, config.failures.max, config.grace_s
+    )
     engine = Engine(
         groups.number, groups.replica, transport, halves, adapter, device, dtype, graph,
-        lambda shape, below: planner(shape, transport.nodes, below), finisher, trace, queue,
+        lambda shape, below: planner(shape, transport.nodes, below), finisher, trace, queue, checkpoints,
     )  # fmt: skip
     stopped: Stopped | None = None
     try:
@@ -149,6 +154,18 @@ def _render(
     network.close()
     if stopped is not None:
         raise stopped
+
+
+def _checkpoints(config: Config, batch: Batch, groups: Groups, stack: ExitStack) -> Checkpoints | None:
+    """On the first rank of each group."""
+    if groups.replica.rank != 0:
+        return None
+    model = {"fingerprint": batch.folder.fingerprint, "dtype": config.model.dtype}
+    checkpoints = Checkpoints(Path(config.output.dir), config.checkpoint.seconds, model)
+    stack.callback(checkpoints.close)
+    if groups.number == 0:
+        checkpoints.clean(job.id for job in batch.done)
+    return checkpoints
 
 
 def _source(config: Config, batch: Batch, stack: ExitStack) -> Source:

@@ -67,20 +67,29 @@ class Finisher:
         video: str,
         threads: int,
         shared: bool = False,
+        unknown_s: float = 0.0,
     ) -> None:
-        """shared: other runs write into `folder`, too."""
+        """shared: other runs write into `folder`, too; unknown_s: what the first video is expected to take here."""
+        self._unknown_s = unknown_s
         self._adapter, self._device = adapter, device
         self._folder, self._record, self._trace = folder, record, trace
         self._compression, self._video, self._shared = compression, video, shared
         # A new thread would take all cores otherwise: OpenMP's thread count is a thread's own setting.
         self._pool = ThreadPoolExecutor(1, "hpcdit-finisher", torch.set_num_threads, (threads,))
         self._running: list[Future[Result]] = []
+        self._each_s: float | None = (
+            None  # what decode and write took of the last video, for each number of its latents
+        )
 
     def submit(self, video: Denoised) -> None:
         """Queues a video; waits while one is queued already."""
         for earlier in self._running[:-1]:
             earlier.exception()
         self._running.append(self._pool.submit(self._finish, video))
+
+    def expected_s(self, numbers: int) -> float:
+        """What decode and write of so many numbers of latents will take."""
+        return self._unknown_s if self._each_s is None else self._each_s * numbers
 
     def results(self, wait: bool = False) -> list[dict]:
         """What has ended since the last call, all of it if `wait`. Raises what the thread raised."""
@@ -90,6 +99,7 @@ class Finisher:
 
     def _finish(self, video: Denoised) -> Result:
         job, done = video.job, Result(video.job.id, "done", 0.0)
+        start = time.perf_counter()
         try:
             if os.path.lexists(self._folder / f"{job.id}.h5"):
                 raise FileExistsError
@@ -98,6 +108,7 @@ class Finisher:
             frames = self._decode(video.latents)
             check_picture(frames)
             self._write(video, frames)
+            self._each_s = (time.perf_counter() - start) / video.latents.numel()
         except VideoError as error:
             done = replace(done, status="failed", reason=str(error))
         except FileExistsError:

@@ -6,6 +6,7 @@ rest of the step without computing (`Position.drain`), and at its end all agree 
 
 import gc
 import json
+import math
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -63,15 +64,19 @@ def told(error: BaseException) -> str:
 
 @dataclass
 class Together:
-    """What a group's ranks agree on. tell: takes what the log should say of a failure, on the group's first rank."""
+    """What a group's ranks agree on.
+
+    seconds_left: before this rank has to end, infinite where nothing has asked it to; tell: takes what the log should
+    say of a failure, on the group's first rank.
+    """
 
     group: Group
-    stopping: Callable[[], bool]
+    seconds_left: Callable[[], float]
     tell: Callable[[str], None]
 
     @contextmanager
-    def stage(self, what: str) -> Iterator[None]:
-        """All ranks end this stage; what any rank's body raises becomes GivenUp on all. Raises Stopped likewise."""
+    def stage(self, what: str, needs_s: float) -> Iterator[None]:
+        """All ranks end this stage; what any rank's body raises becomes GivenUp on all. See `agree`."""
         failure: Failure | None = None
         try:
             yield
@@ -79,15 +84,18 @@ class Together:
             raise
         except Exception as error:
             failure = self.failure(error, what)
-        self.agree(failure)
+        self.agree(failure, needs_s)
 
     def failure(self, error: BaseException, what: str) -> Failure:
         """`error` of this rank's, at `what`."""
         return Failure.of(error, f"rank {self.group.members[self.group.rank]} {what}")
 
-    def agree(self, failure: Failure | None = None, may_stop: bool = True) -> None:
-        """Raises GivenUp on all ranks if any has failed, else Stopped if any knows that the run is to stop."""
-        mine = FAILS if failure else STOPS if may_stop and self.stopping() else GOES_ON
+    def agree(self, failure: Failure | None = None, needs_s: float = math.inf) -> None:
+        """Raises GivenUp on all ranks if any has failed, else Stopped if any has less than `needs_s` before it stops.
+
+        needs_s: for what they are at; 0 where it is to be ended in any case.
+        """
+        mine = FAILS if failure else STOPS if self.seconds_left() < needs_s else GOES_ON
         found = self.group.largest(mine, "the end of a step")
         if found == FAILS:
             raise self._given_up(failure)

@@ -104,7 +104,7 @@ def wan_frames(comm: MPI.Comm, checkpoint: str, reference: str) -> Any:
                     schedule(method, ulysses, ring), shape, transport, cpu, torch.float32, UNTIMED, channels
                 )
                 conditions = adapter.encode(PROMPT, NEGATIVE, guided, LENGTH)
-                latents = adapter.denoise(conditions, noise, STEPS, 4.0 if guided else 1.0, parallel, lambda step: None)
+                latents = adapter.denoise(conditions, noise, STEPS, 4.0 if guided else 1.0, parallel, lambda *_: None)
                 parallel.close()
                 if count % world.size == world.rank:  # the decoding of each render is another rank's
                     frames = adapter.decode(latents).astype(int)
@@ -175,7 +175,7 @@ def stop_in_a_group(comm: MPI.Comm, checkpoint: str, prompts: str, folder: str) 
         if world.rank == 3:
             threading.Thread(target=signal_when_all_render, daemon=True).start()
         args = [f"model.path={checkpoint}", f"prompts={prompts}", f"output.dir={folder}", "sampling.steps=1000"]
-        code = app.run(world, [*args, "sampling.num_frames=5", "parallel.replicas=2", "parallel.cfg=1"])
+        code = app.run(world, [*args, "sampling.num_frames=5", "parallel.replicas=2", "parallel.cfg=1", "grace_s=0"])
         return [int(data) for data in world.gather(str(code).encode(), 0, "the exit codes")]
 
     return side_by_side(comm, [[(4, body)]])

@@ -6,6 +6,7 @@ import re
 import shutil
 import signal
 import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 
 from hpcdit.config import demo_model
+from hpcdit.render.checkpoints import unpack
 from tests.system.program import ENV, Running, alive, finished, prompts, run, statuses
 from tools.bench.idle import read as read_idle
 
@@ -218,20 +220,59 @@ def test_a_stopped_rank_is_noticed_and_named(ranks_per_node: int, tmp_path: Path
         assert not any(alive(pid) for pid in program.pids().values())
 
 
-def test_a_request_to_stop_ends_the_run_with_75_and_it_can_be_resumed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("grace_s", [0, 200])
+def test_a_request_to_stop_ends_the_run_with_75_and_it_can_be_resumed(grace_s: int, tmp_path: Path) -> None:
     file = prompts(tmp_path / "p.txt", CAPTIONS)
     args = (f"prompts={file}", "sampling.num_frames=17", "sampling.steps=25", *TOGETHER)
-    with Running(2, *args, cwd=tmp_path) as program:
-        program.until(r"00001\S+: starts")
+    with Running(2, *args, f"grace_s={grace_s}", "checkpoint.seconds=0", cwd=tmp_path) as program:
+        while not any((tmp_path / "out").glob("checkpoints/00001*")):  # it is in its steps
+            assert program.process.poll() is None, program.said
+            time.sleep(0.02)
         os.kill(program.pids()[1], signal.SIGTERM)
         code, _ = program.ended(60)
         assert code == 75, program.said
         assert "stopped on request" in program.said
         before = finished(program.out)
-    assert len(before) == 1, "what was denoised is written"
+    assert len(before) == (1 if grace_s == 0 else 2), "what was denoised is written"
+    left = [path.name for path in (tmp_path / "out").glob("checkpoints/*")]
+    assert [name[:5] for name in left] == (["00001"] if grace_s == 0 else [])
     again = run(2, "output.dir=out", *args, cwd=tmp_path)
     assert again.returncode == 0, again.stderr
+    assert len(re.findall(r"00001\S+: goes on after step", program.log)) == len(left)
+    assert not (tmp_path / "out" / "checkpoints").exists()
     assert len(finished(tmp_path / "out")) == 3 and before.items() <= finished(tmp_path / "out").items()
+
+
+@pytest.mark.parametrize("killed_after", [8, 20], ids=["in a step", "in decode"])
+def test_a_killed_run_goes_on_from_its_checkpoint_with_the_same_frames(killed_after: int, tmp_path: Path) -> None:
+    steps = 20
+    file = prompts(tmp_path / "p.txt", CAPTIONS[:1])
+    layout = ("parallel.method=ring", "parallel.groups=1", *TOGETHER)  # what is measured decides nothing
+    args = (f"prompts={file}", f"sampling.steps={steps}", "checkpoint.seconds=0", *layout)
+    with Running(2, *args, cwd=tmp_path) as program:
+        program.until("starts")
+        while (at := step_of(program.out / "checkpoints")) < killed_after:
+            assert program.process.poll() is None, f"over, with a checkpoint of step {at}: {program.said}"
+            time.sleep(0.01)
+        os.kill(program.pids()[1], signal.SIGKILL)
+        assert program.ended(70)[0] == 4, program.said
+        assert not finished(program.out)
+    again = run(2, "output.dir=out", *args, cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    (before,) = re.findall(r"goes on after step (\d+)", program.log)
+    assert killed_after <= int(before) <= steps and not (tmp_path / "out" / "checkpoints").exists()
+    unbroken = run(2, "output.dir=whole", *args, cwd=tmp_path)
+    assert unbroken.returncode == 0 and not (tmp_path / "whole" / "checkpoints").exists()
+    (name,) = finished(tmp_path / "out")
+    with h5py.File(tmp_path / "out/videos" / name) as a, h5py.File(tmp_path / "whole/videos" / name) as b:
+        assert (a["frames"][:] == b["frames"][:]).all()
+        assert json.loads(a.attrs["plan"])["first_step"] == int(before)
+
+
+def step_of(folder: Path) -> int:
+    """The step of the one checkpoint in `folder`; 0 without one."""
+    found = list(folder.glob("[!.]*"))
+    return unpack(found[0].read_bytes())[0].step if found else 0
 
 
 def test_two_runs_do_not_write_into_one_folder(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ import hpcdit.models
 from hpcdit.errors import VideoError
 from hpcdit.kernels import cpu
 from hpcdit.kernels.base import Norm, Tables
+from hpcdit.models.base import OnStep, Snapshot
 from hpcdit.models.loading import inspect
 from hpcdit.models.wan import GeluProjection, Wan
 from hpcdit.transport.base import Traffic
@@ -110,13 +111,11 @@ def alone(adapter: Wan, case: Case) -> Member:
     return Member(Group(adapter.shape.tokens(case.num_frames, case.height, case.width)), 0)
 
 
-def nothing(step: int) -> None:
+def nothing(step: int, snapshot: Callable[[], Snapshot]) -> None:
     pass
 
 
-def render(
-    adapter: Wan, case: Case, sequence: Member | None = None, on_step: Callable[[int], None] = nothing
-) -> np.ndarray:
+def render(adapter: Wan, case: Case, sequence: Member | None = None, on_step: OnStep = nothing) -> np.ndarray:
     guided = adapter.guided(case.guidance_scale)
     conditions = adapter.encode(case.prompt, case.negative_prompt, guided, case.max_sequence_length)
     noise = adapter.noise(case.seed, case.num_frames, case.height, case.width)
@@ -275,7 +274,7 @@ def test_tokens_beyond_the_limit_are_counted(tiny: Wan) -> None:
 
 def test_each_step_is_reported_once_at_its_end(tiny: Wan) -> None:
     steps: list[int] = []
-    render(tiny, Case(steps=4), on_step=steps.append)
+    render(tiny, Case(steps=4), on_step=lambda step, _: steps.append(step))
     assert steps == [0, 1, 2, 3]
 
 
@@ -284,7 +283,7 @@ class Stop(Exception):
 
 
 def test_a_stop_after_a_step_leaves_the_adapter_fit_for_another_video(several: list[Wan], unipc: Path) -> None:
-    def stop(step: int) -> None:
+    def stop(step: int, snapshot: Callable[[], Snapshot]) -> None:
         if step == 1:
             raise Stop
 
