@@ -130,10 +130,14 @@ class GeluProjection(torch.nn.Module):
 
 
 def compile_blocks(transformer: Any) -> None:
-    """For a GPU: what torch.compile makes of the blocks, and what it does not fuse by itself."""
+    """For a GPU: what torch.compile makes of the blocks, and what it does not fuse by itself.
+
+    GELU in halves, that is: how exactly cuBLASLt takes the tanh in float32 is not said.
+    """
     for block in transformer.blocks:
         first = block.ffn.net[0]
-        if isinstance(first, GELU) and first.approximate == "tanh" and first.proj.bias is not None:
+        tanh = isinstance(first, GELU) and first.approximate == "tanh" and first.proj.bias is not None
+        if tanh and first.proj.weight.dtype in (torch.float16, torch.bfloat16):
             block.ffn.net[0] = GeluProjection(first.proj)
         block.compile(dynamic=False)
 
