@@ -129,12 +129,21 @@ def _exit_code(child: int, status: int, asked: set[int]) -> int:
 def _end_run(code: int) -> None:
     """Has all other ranks end too, and the launcher, where it has a say, with `code`."""
     _end_host()
-    # MPICH's launcher leaves other hosts alone when a rank ends by itself, but does what MPI_Abort would ask it for.
-    here, everywhere, launcher = (os.environ.get(name, "") for name in ("MPI_LOCALNRANKS", "PMI_SIZE", "PMI_FD"))
-    if here.isdigit() and everywhere.isdigit() and int(everywhere) > int(here) and launcher.isdigit():
+    # MPICH's launcher, and srun, leave other hosts alone when a rank ends by itself, but do what MPI_Abort would ask
+    # them for.
+    launcher = os.environ.get("PMI_FD", "")
+    if launcher.isdigit() and _several_hosts():
         let_hear()
         with contextlib.suppress(OSError):
             os.write(int(launcher), b"cmd=abort exitcode=%d\n" % code)
+
+
+def _several_hosts() -> bool:
+    """Whether the launcher, MPICH's or srun, has started ranks on other hosts as well."""
+    here, everywhere, hosts = (os.environ.get(n, "") for n in ("MPI_LOCALNRANKS", "PMI_SIZE", "SLURM_STEP_NUM_NODES"))
+    if here.isdigit() and everywhere.isdigit():
+        return int(everywhere) > int(here)
+    return hosts.isdigit() and int(hosts) > 1
 
 
 def let_hear(stream: int = 2) -> None:

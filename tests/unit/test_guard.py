@@ -110,20 +110,24 @@ def test_an_exit_that_is_not_the_program_s_own_is_a_broken_run() -> None:
 
 
 @pytest.mark.parametrize(
-    "act, here, told",
+    "act, where, told",
     [
-        ("os.kill(os.getpid(), 9)", 1, b"cmd=abort exitcode=4\n"),
-        ("os._exit(4)", 1, b"cmd=abort exitcode=4\n"),
-        ("os.kill(os.getppid(), 15); time.sleep(20)", 1, b"cmd=abort exitcode=75\n"),
-        ("os.kill(os.getpid(), 9)", 2, b""),
-        ("return 3", 1, b""),
+        ("os.kill(os.getpid(), 9)", {"MPI_LOCALNRANKS": "1"}, b"cmd=abort exitcode=4\n"),
+        ("os._exit(4)", {"MPI_LOCALNRANKS": "1"}, b"cmd=abort exitcode=4\n"),
+        ("os.kill(os.getppid(), 15); time.sleep(20)", {"MPI_LOCALNRANKS": "1"}, b"cmd=abort exitcode=75\n"),
+        ("os.kill(os.getpid(), 9)", {"MPI_LOCALNRANKS": "2"}, b""),
+        ("os.kill(os.getpid(), 9)", {"SLURM_STEP_NUM_NODES": "2"}, b"cmd=abort exitcode=4\n"),
+        ("os.kill(os.getpid(), 9)", {"SLURM_STEP_NUM_NODES": "1"}, b""),
+        # mpirun in an allocation: srun has started mpirun's own processes on both nodes, and all ranks are on this one.
+        ("os.kill(os.getpid(), 9)", {"MPI_LOCALNRANKS": "2", "SLURM_STEP_NUM_NODES": "2"}, b""),
+        ("return 3", {"MPI_LOCALNRANKS": "1"}, b""),
     ],
 )
 def test_the_launcher_is_told_when_a_rank_breaks_and_others_are_on_other_hosts(
-    act: str, here: int, told: bytes
+    act: str, where: dict[str, str], told: bytes
 ) -> None:
     read, write = os.pipe()
-    where = {"PMI_RANK": "0", "PMI_SIZE": "2", "MPI_LOCALNRANKS": str(here), "PMI_FD": str(write)}
+    where = {"PMI_RANK": "0", "PMI_SIZE": "2", "PMI_FD": str(write), **where}
     subprocess.run(
         program(act), cwd=ROOT, env={**os.environ, **where}, capture_output=True, timeout=30, pass_fds=[write]
     )
