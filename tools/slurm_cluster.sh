@@ -48,7 +48,8 @@ SlurmctldHost=$host(127.0.0.1)
 SlurmctldPort=${ports[0]}
 SlurmUser=root
 AuthType=auth/munge
-AuthInfo=socket=$folder/munge.socket
+# cred_expire: how long a job that is requeued waits, else 2 minutes.
+AuthInfo=socket=$folder/munge.socket,cred_expire=10
 CredType=cred/munge
 StateSaveLocation=$folder/state
 SlurmctldPidFile=$folder/slurmctld.pid
@@ -104,8 +105,9 @@ up() {
     mkdir -p "$folder/state" "${nodes[@]/#/$folder/spool-}"
     configure >"$SLURM_CONF"
     (umask 077 && head -c 1024 /dev/urandom >"$folder/munge.key")
-    munged --key-file="$folder/munge.key" --socket="$folder/munge.socket" --pid-file="$folder/munged.pid" \
-        --log-file="$folder/munged.log" --seed-file="$folder/munged.seed" --num-threads=2
+    # --force: also in a folder that is closed to other users.
+    munged --force --key-file="$folder/munge.key" --socket="$folder/munge.socket" --pid-file="$folder/munged.pid" \
+        --log-file="$folder/munged.log" --seed-file="$folder/munged.seed" --num-threads=2 2>>"$folder/munged.log"
     slurmctld
     local node
     for node in "${nodes[@]}"; do
