@@ -135,15 +135,16 @@ class Index:
 
         Of several runs, the one that writes last has all they did: it looks once more when it has written.
         """
-        changed = self._look()
+        start, changed = time.monotonic(), self._look()
         while True:
             self._rows |= {row.id: row for row in changed}
             self._write(events)
             if not (changed := self._look()):
-                return
+                break
+        end = time.monotonic()
+        self._due = end + max(self.every, 20 * (end - start))
 
     def _write(self, events: np.ndarray | None) -> None:
-        start = time.monotonic()
         image = io.BytesIO()
         with _create(image) as file:
             file.attrs["schema"] = SCHEMA
@@ -155,8 +156,6 @@ class Index:
             file.create_dataset("jobs", data=_table(self.rows))
             _write_events(file, np.empty(0, EVENT) if events is None else events)
         atomic.write(self.path, image.getbuffer(), replace=True)
-        end = time.monotonic()
-        self._due = end + max(self.every, 20 * (end - start))
 
 
 def _seconds(file: h5py.File) -> float:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import h5py
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -186,3 +187,26 @@ def test_nine_thousand_of_ten_thousand_videos_are_known_without_opening_one(tmp_
     rows = [store.Row(i, f"v{i}", "", i) for i in range(10_000)]
     index = catalog.rebuild(tmp_path, rows)
     assert [row.status for row in index.rows] == ["done"] * 9000 + ["pending"] * 1000 and opened == []
+
+
+def test_of_runs_that_share_a_folder_the_one_that_writes_last_has_all_videos(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [store.Row(i, id, "", i) for i, id in enumerate("abcd")]
+    written(tmp_path, "a")
+    index = catalog.rebuild(tmp_path, rows, shared=True)
+    written(tmp_path, "b")
+    index.update("c", "failed", reason="no picture")
+    assert [row.status for row in index.rows] == ["done", "done", "failed", "pending"]
+    write = store.Index._write
+
+    def late(index: store.Index, events: object) -> None:
+        write(index, None)
+        if not (tmp_path / "videos" / "d.h5").exists():  # another run ends, and writes before what is written here
+            written(tmp_path, "d")
+
+    monkeypatch.setattr(store.Index, "_write", late)
+    index.write()
+    with h5py.File(tmp_path / "job.h5") as file:
+        assert [row["status"] for row in file["jobs"]] == [b"done", b"done", b"failed", b"done"]
+        assert list(file["videos"]) == ["a", "b", "d"]
