@@ -1,13 +1,24 @@
 """The demo model's training program, at sizes that a CPU trains in seconds."""
 
+import csv
+import json
+import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from diffusers import AutoencoderKLWan
+from diffusers import AutoencoderKLWan, WanImageToVideoPipeline
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+from safetensors.torch import load_file
 
-from tools.demo_model import whole
+from hpcdit.errors import InputError
+from hpcdit.models.loading import inspect
+from tools.demo_model import export, latents, models, stages, train, whole
+from tools.demo_model.captions import held_out, parse
+from tools.demo_model.settings import Settings, settings
 
 
 @pytest.fixture(autouse=True)
@@ -50,3 +61,213 @@ def test_whole_clips_give_what_the_vae_gives_chunk_by_chunk(form: dict[str, Any]
         else:
             scale = float(gradients[name].abs().max())
             assert torch.allclose(weight.grad, gradients[name], atol=1e-4 * scale + 1e-6), name
+
+
+CONF = Path(train.__file__).resolve().parent / "conf"
+TINY = {
+    "device": "cpu", "every": 2, "reserve_s": 0,
+    "sizes": {"picture": [1, 32, 32], "usual": [5, 32, 32], "wide": [9, 32, 48]},
+    "vae": {**RESIDUAL, "z_dim": 4, "num_res_blocks": 1, "scale_factor_temporal": 4, "scale_factor_spatial": 8},
+    "transformer": {"patch_size": [1, 2, 2], "num_attention_heads": 2, "attention_head_dim": 12, "num_layers": 2,
+                    "ffn_dim": 16, "freq_dim": 16, "cross_attn_norm": True, "rope_max_seq_len": 16},
+    "text_encoder": {"d_model": 12, "d_kv": 4, "d_ff": 12, "num_layers": 1, "num_heads": 2},
+    "bank": {"clips": 6, "steps": 2},
+    "evaluation": {"one": 2, "two": 0, "images": 1, "batch": 2, "steps": 1, "guidance_scale": 4.0,
+                   "max_sequence_length": 20},
+}  # fmt: skip
+BOTH = {"usual": 0.5, "wide": 0.5}
+SIZES = {"vae_pictures": {"picture": 1.0}, "vae_clips": BOTH, "text": BOTH, "text_long": {"usual": 1.0}, "image": BOTH}
+
+
+def tiny(out: Path, steps: int = 6, **changes: Any) -> Settings:
+    """The shipped configuration with sizes that a CPU trains in seconds."""
+    with initialize_config_dir(str(CONF), version_base=None):
+        config = compose("train")
+    OmegaConf.set_struct(config, False)
+    made: Any = OmegaConf.to_container(config)
+    made |= {**TINY, "out": str(out), **changes}
+    for name, sizes in SIZES.items():
+        made["stages"][name] |= {"sizes": sizes, "steps": steps, "batch": 2, "warmup": 2, "two": 0.0}
+    return settings(made)
+
+
+def trained(made: Settings) -> bool:
+    made.folder.mkdir(exist_ok=True)
+    return train.train(made, time.monotonic() + 1000)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Settings:
+    """All stages of a tiny model, trained in one call."""
+    torch.set_num_threads(1)
+    made = tiny(tmp_path_factory.mktemp("run") / "whole")
+    assert trained(made)
+    return made
+
+
+def test_a_call_that_was_cut_off_goes_on_to_the_same_bits(
+    run: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = tiny(tmp_path / "pieces", save_s=1e-9)
+    real, calls = train.Training.step, 0
+
+    def cut(training: train.Training, loss: torch.Tensor) -> None:
+        nonlocal calls
+        calls += 1
+        if calls % 4 == 0:  # three steps a call, in the middle of a bank and of an average
+            raise KeyboardInterrupt
+        real(training, loss)
+
+    monkeypatch.setattr(train.Training, "step", cut)
+    cuts = 0
+    while True:
+        try:
+            assert trained(made)
+            break
+        except KeyboardInterrupt:
+            cuts += 1
+    assert cuts >= 2 * len(made.stages) - 1
+    for name in made.stages:
+        wanted, found = (load_file(settings.folder / f"{name}.safetensors") for settings in (run, made))
+        assert wanted.keys() == found.keys() and int(found["steps"]) == 6
+        for key in wanted:
+            assert key == "seconds" or torch.equal(wanted[key], found[key]), (name, key)
+
+
+def test_what_is_done_is_not_done_again_and_nothing_starts_without_time(run: Settings, tmp_path: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in run.folder.iterdir()}
+    assert train.train(run, time.monotonic() + 100)
+    assert {path: path.stat().st_mtime_ns for path in run.folder.iterdir()} == before
+    late = tiny(tmp_path)
+    assert not train.train(late, time.monotonic() - 1)
+    assert list(tmp_path.glob("*.safetensors")) == []
+
+
+def test_stages_begin_with_what_the_one_before_learned_and_learn(run: Settings) -> None:
+    clips, pictures = (load_file(run.folder / f"{name}.safetensors") for name in ("vae_clips", "vae_pictures"))
+    weights = [key for key in clips if key.startswith("average/") and "encoder.conv_in.weight" in key]
+    near = (clips[weights[0]] - pictures[weights[0]]).abs().mean()
+    assert 0 < float(near) < 0.1 * float(pictures[weights[0]].abs().mean())
+    text, long = (load_file(run.folder / f"{name}.safetensors") for name in ("text", "text_long"))
+    frozen = [key for key in text if key.startswith("average/text_encoder.")]
+    assert frozen and all(torch.equal(text[key], long[key]) for key in frozen)
+    moved = [key for key in text if key.startswith("average/transformer.blocks") and key.endswith("weight")]
+    assert moved and not any(torch.equal(text[key], long[key]) for key in moved)
+
+
+def test_the_curve_has_losses_rates_and_figures(run: Settings) -> None:
+    with (run.folder / "curve.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    kinds = {stage: {row["name"] for row in rows if row["stage"] == stage} for stage in run.stages}
+    assert kinds["vae_clips"] == {"loss", "lr", "psnr", "psnr_worst"}
+    assert {"1.shape", "1.all", "bfloat16.1.all"} <= kinds["text_long"]
+    assert {"all", "first_frame_psnr"} <= kinds["image"]
+    rates = [float(row["value"]) for row in rows if row["stage"] == "text_long" and row["name"] == "lr"]
+    assert rates == sorted(rates, reverse=True) and rates[-1] == pytest.approx(1e-5)
+
+
+def test_the_vae_learns(tmp_path: Path) -> None:
+    made = tiny(tmp_path, steps=60)
+    made.stages["vae_pictures"].lr = made.stages["vae_pictures"].lr_end = 1e-2
+    job = stages.work(made, "vae_pictures")
+    training = train.Training(job.modules, job.stage, job.device)
+    first = job.loss(0).item()  # the same clips each time
+    for step in range(40):
+        training.step(job.loss(step))
+    assert job.loss(0).item() < 0.6 * first
+
+
+def test_the_exported_folders_are_what_hpcdit_and_diffusers_load(run: Settings, tmp_path: Path) -> None:
+    export.export(run, tmp_path / "text", "text")
+    folder = inspect(tmp_path / "text")
+    assert folder.vae["latents_std"] == pytest.approx(load_file(run.folder / "latents.safetensors")["std"].tolist())
+    assert {
+        value.dtype
+        for value in load_file(tmp_path / "text" / "transformer" / "diffusion_pytorch_model.safetensors").values()
+    } == {torch.float16}
+    text = (tmp_path / "text" / "README.md").read_text()
+    assert "| text_long | text | 6 of 6 | 2 | 0.001 to 1e-05 | 5x32x32 |" in text and "Seed 7." in text
+    assert "- vae_clips: psnr " in text and "image" not in text.split("Figures")[1]
+
+    export.export(run, tmp_path / "image", "image")
+    with pytest.raises(InputError, match="WanPipeline"):
+        inspect(tmp_path / "image")
+    pipe: Any = WanImageToVideoPipeline.from_pretrained(tmp_path / "image")
+    assert pipe.image_encoder is None and pipe.transformer.config.in_channels == 2 * 4 + 4
+    assert json.loads((tmp_path / "image" / "transformer" / "config.json").read_text())["out_channels"] == 4
+
+
+def test_what_the_image_model_learned_with_is_what_its_pipeline_gives_it() -> None:
+    """The mask and the first frame's latents, as WanImageToVideoPipeline.prepare_latents makes them."""
+    made = tiny(Path("unused"))
+    torch.manual_seed(0)
+    vae = models.vae(made)
+    pipe = models.pipeline(vae, models.transformer(made, image=True), models.text_encoder(made))
+    clips = torch.rand(2, 3, 9, 32, 48) * 2 - 1
+    wanted = [
+        pipe.prepare_latents(clip[None, :, 0], 1, 4, 32, 48, 9, torch.float32, torch.device("cpu"))[1] for clip in clips
+    ]
+    same = models.vae(made)
+    same.load_state_dict(vae.state_dict())
+    mean, _ = whole.encode(whole.whole(same), latents.first_only(clips))
+    assert torch.allclose(latents.condition(mean), torch.cat(wanted), atol=2e-6)
+
+
+@pytest.mark.parametrize("length", [16, 17, 40])
+def test_sixteen_slots_stand_for_any_number(length: int) -> None:
+    made = tiny(Path("unused"))
+    torch.manual_seed(0)
+    model = models.transformer(made, image=False)
+    x, time_, text = torch.randn(2, 4, 2, 4, 4), torch.tensor([20.0, 700.0]), torch.randn(2, 16, 12)
+    text[:, 9:] = 0
+    long = torch.cat([text, torch.zeros(2, length - 16, 12)], 1)
+    wanted = model(x, time_, long, return_dict=False)[0]
+    models.padded(model).pad(torch.tensor([length, length]))
+    assert torch.allclose(model(x, time_, text, return_dict=False)[0], wanted, atol=1e-5)
+    if length > 17:
+        models.padded(model).pad(torch.tensor([16, 16]))
+        assert not torch.allclose(model(x, time_, text, return_dict=False)[0], wanted, atol=1e-4)
+
+
+def test_a_model_with_an_image_begins_as_the_one_without() -> None:
+    made = tiny(Path("unused"))
+    torch.manual_seed(0)
+    text, image = models.transformer(made, image=False), models.transformer(made, image=True)
+    image.load_state_dict(models.widened(text.state_dict(), image.config.in_channels))
+    x, beside, words = torch.randn(1, 4, 2, 4, 4), torch.randn(1, 8, 2, 4, 4), torch.randn(1, 16, 12)
+    time_ = torch.tensor([300.0])
+    wanted = text(x, time_, words, return_dict=False)[0]
+    assert torch.equal(image(torch.cat([x, beside], 1), time_, words, return_dict=False)[0], wanted)
+
+
+def test_training_sees_no_held_out_scene_and_draws_hard_ones_more_often() -> None:
+    scenes = latents.Scenes(0.4, {"star": 2.0, "white": 1.5}, torch.device("cpu"))
+    assert not any(held_out(parse(caption)) for caption in scenes.captions[::29])
+    drawn = [scenes.captions[i] for i in scenes.draw(4000, torch.Generator().manual_seed(0)).tolist()]
+    assert sum(" and " in caption for caption in drawn) / 4000 == pytest.approx(0.4, abs=0.04)
+    assert sum("star" in caption for caption in drawn if " and " not in caption) / 2400 == pytest.approx(0.4, abs=0.05)
+
+
+def test_captions_fit_into_the_slots_and_a_an_is_an_a() -> None:
+    rows = models.tokens(
+        ["a red circle standing still and a blue square moving up on black", "an orange star growing on grey"]
+    )
+    assert rows.shape == (2, 16) and int((rows[0] != 0).sum()) == 14
+    assert torch.equal(rows[1], models.tokens(["a orange star growing on grey"])[0])
+    assert 2 not in rows
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"device": "tpu"}, "device: allowed: auto, cpu, cuda"),
+        ({"minutes": "soon"}, "minutes"),
+        ({"speed": 3}, "speed"),
+        ({"sizes": {"usual": [6, 32, 32]}}, r"sizes.usual: allowed: \[4 n \+ 1 frames"),
+        ({"emphasis": {"cat": 2.0}}, "emphasis.cat: allowed"),
+    ],
+)
+def test_bad_settings_are_one_line(changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said) as caught:
+        tiny(Path("unused"), **changes)
+    assert "\n" not in str(caught.value)

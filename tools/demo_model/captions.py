@@ -72,20 +72,25 @@ def scenes(things: int) -> tuple[Scene, ...]:
     return tuple(Scene(row, ground) for row in rows for ground in GROUNDS)
 
 
-@cache
 def held_out(scene: Scene) -> bool:
     """Whether no training may see the scene: a tenth of those of one thing, told by a hash of the words alone.
 
     Of those with two things a tenth, too, whichever is named first, and all that have a held-out one in them.
     """
-    if len(scene.things) > 1 and any(held_out(Scene((thing,), scene.ground)) for thing in scene.things):
-        return True
-    words = f"{_SALT}: {' and '.join(sorted(map(str, scene.things)))} on {scene.ground}"
-    return int.from_bytes(hashlib.sha256(words.encode()).digest()[:8]) < 2**64 // 10
+    things = sorted(map(str, scene.things))
+    parts = things if len(things) == 1 else [*things, " and ".join(things)]
+    return any(_held_out(f"{part} on {scene.ground}") for part in parts)
+
+
+@cache
+def _held_out(words: str) -> bool:
+    return int.from_bytes(hashlib.sha256(f"{_SALT}: {words}".encode()).digest()[:8]) < 2**64 // 10
 
 
 def examples(things: int, count: int | None = None) -> list[Scene]:
     """Held-out scenes, all of them or `count`, the same ones each time and all kinds alike."""
+    if count == 0:
+        return []
     rows = [scene for scene in scenes(things) if held_out(scene)]
     if count is None:
         return rows
