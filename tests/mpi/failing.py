@@ -13,7 +13,8 @@ from hpcdit import app
 from hpcdit.attention.executor import Attention
 from hpcdit.attention.session import SequenceParallel
 from hpcdit.cluster import MPI, World
-from hpcdit.models.wan import Split, Wan
+from hpcdit.models.wan import Wan
+from hpcdit.models.wan_blocks import Split
 from hpcdit.render.groups import Halves
 from tests.mpi.groups import side_by_side
 

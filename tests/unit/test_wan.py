@@ -20,7 +20,8 @@ from hpcdit.kernels import cpu
 from hpcdit.kernels.base import Norm, Tables
 from hpcdit.models.base import OnStep, Snapshot
 from hpcdit.models.loading import inspect
-from hpcdit.models.wan import GeluProjection, Wan
+from hpcdit.models.wan import Wan
+from hpcdit.models.wan_blocks import GeluProjection
 from hpcdit.transport.base import Traffic
 from tests.attention_cases import UNTIMED
 from tests.checkpoints import make_wan

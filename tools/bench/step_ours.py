@@ -11,7 +11,7 @@ from hpcdit.attention.session import SequenceParallel
 from hpcdit.cluster import Cluster, World
 from hpcdit.device import bind
 from hpcdit.models.graphs import Passes
-from hpcdit.models.wan import Split, compile_blocks
+from hpcdit.models.wan_blocks import Split, compile_blocks
 from hpcdit.planner.calibrate import calibrate
 from hpcdit.planner.search import plan_group
 from hpcdit.planner.workload import Workload
