@@ -95,7 +95,7 @@ def check_output(folder: Path, need: int) -> None:
     while not place.exists() and not place.is_symlink():
         place = place.parent
     try:
-        for there in (place, folder / "videos"):
+        for there in (place, *(folder / name for name in ("videos", CHECKPOINTS, CLAIMS))):
             if there == place or os.path.lexists(there):
                 _try_folder(there)
         for name in FILES:

@@ -38,7 +38,7 @@ from .plan import workload
 from .planner import Planner
 from .progress import Report, clock, open_log
 from .queue import Queue, batches
-from .sources import Listed, Shared, Source
+from .sources import Listed, Shared, Source, told
 from .stages import Finisher
 
 OK, FAILED = 0, 3
@@ -173,7 +173,8 @@ def _source(config: Config, batch: Batch, stack: ExitStack) -> Source:
     todo = batches(batch.todo, config.parallel.batch or 1)
     if not config.queue.claims:
         return Listed(todo)
-    claims = Claims(Path(config.output.dir), run_name(), config.queue.stale_s)
+    with told():
+        claims = Claims(Path(config.output.dir), run_name(), config.queue.stale_s)
     shared = Shared(todo, [job.id for job in batch.todo], claims)
     stack.callback(shared.close)
     return shared

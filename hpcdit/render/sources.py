@@ -40,6 +40,15 @@ class Listed:
         pass
 
 
+@contextmanager
+def told() -> Iterator[None]:
+    """What goes wrong inside with claims is told in one line."""
+    try:
+        yield
+    except OSError as error:
+        raise BrokenRun(f"{error.filename}: a video cannot be claimed: {error.strerror}") from error
+
+
 class Shared:
     """A list that other runs go through as well: what they have claimed is left to them for as long as they live.
 
@@ -74,15 +83,8 @@ class Shared:
         self._pool.shutdown()
         self._claims.close()
 
-    @contextmanager
-    def _told(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise BrokenRun(f"{error.filename}: a video cannot be claimed: {error.strerror}") from error
-
     def _claim(self) -> list[int] | None:
-        with self._told():
+        with told():
             while self._left:
                 batch = self._left.popleft()
                 mine = [position for position in batch if self._claims.take(self._ids[position])]

@@ -13,6 +13,7 @@ from hpcdit.output import catalog, store
 from hpcdit.output.claims import FOLDER as CLAIMS
 from hpcdit.render import batch
 from hpcdit.render.batch import output_folder, prepare
+from hpcdit.render.checkpoints import FOLDER as CHECKPOINTS
 from tests.unit.test_store import EVENTS, FRAMES, RECORD
 
 
@@ -36,7 +37,7 @@ def refusal(out: Path, *args: str) -> str:
     return message
 
 
-@pytest.mark.parametrize("name", ["videos", CLAIMS, *batch.FILES])
+@pytest.mark.parametrize("name", ["videos", CHECKPOINTS, CLAIMS, *batch.FILES])
 @pytest.mark.parametrize("target", ["folder", "file", "nothing"])
 def test_a_link_in_the_output_folder_is_refused_wherever_it_leads(name: str, target: str, out: Path) -> None:
     (out / name).symlink_to(out.parent / "outside" / target)
@@ -60,6 +61,12 @@ def test_a_video_that_is_no_file_is_refused_unopened_and_in_the_index_it_has_fai
     make(out / "videos" / "x.h5")
     assert refusal(out).endswith("videos/x.h5: not a regular file; remove it to have it rendered again")
     assert [(row.id, row.status) for row in catalog.rebuild(out).rows] == [("x", "failed")]
+
+
+@pytest.mark.parametrize("name", ["videos", CHECKPOINTS, CLAIMS])
+def test_a_file_where_a_folder_is_wanted_is_refused(name: str, out: Path) -> None:
+    (out / name).touch()
+    assert refusal(out).endswith(f"{out / name}: not a folder")
 
 
 @pytest.mark.parametrize("name", batch.FILES)
