@@ -103,10 +103,7 @@ class Padded(WanAttnProcessor):
 
     def __call__(self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None,
                  attention_mask: None = None, rotary_emb: None = None) -> Tensor:  # fmt: skip
-        assert self.bias is not None
-        dtype = torch.get_autocast_dtype(hidden_states.device.type) if torch.is_autocast_enabled(
-            hidden_states.device.type) else hidden_states.dtype  # fmt: skip
-        return super().__call__(attn, hidden_states, encoder_hidden_states, self.bias.to(dtype), rotary_emb)
+        return super().__call__(attn, hidden_states, encoder_hidden_states, self.bias, rotary_emb)
 
 
 def padded(model: Any) -> Padded:
