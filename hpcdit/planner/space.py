@@ -45,7 +45,7 @@ def layouts(group: Group, heads: int, fixed: Fixed) -> list[Layout]:
     found = [
         Layout(method, ulysses, ring, pieces, groups)
         for method, ulysses, ring in _families(group, heads, fixed)
-        for pieces in (_pieces(ulysses, fixed) if method == "torus" else (0,))
+        for pieces in (_pieces(ulysses, fixed) if method == "torus" and group.size > 1 else (0,))
         for groups in _head_groups(ceil(heads / ulysses), group.size, fixed)
     ]
     if not found:

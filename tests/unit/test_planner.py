@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import assume, given, settings
@@ -114,9 +115,9 @@ def test_a_faster_network_never_makes_the_batch_slower(
 def test_what_is_fixed_stays_and_is_never_better_than_the_free_choice(
     work: Workload, cluster: tuple[int, int], cost: Costs, key: str, data: st.DataObject
 ) -> None:
-    values = ["torus", "usp", "tas", "ulysses", "ring"] if key == "method" else [1, 2, 3, 4]
-    value = data.draw(st.sampled_from(values))
-    fixed = Fixed(**{key: value})  # type: ignore[arg-type]
+    choices: dict[str, list[Any]] = {"method": ["torus", "usp", "tas", "ulysses", "ring"], "cfg": [1, 2]}
+    value = data.draw(st.sampled_from(choices.get(key, [1, 2, 3, 4])))
+    fixed = Fixed(**{key: value})
     try:
         given_plan = plan_batch(work, on(*cluster), cost, fixed)
     except InputError:
@@ -239,6 +240,12 @@ def test_more_ulysses_ranks_than_heads_and_halves_without_guidance_are_refused()
         plan_group(TINY, on(1, 5), H100, Fixed("ulysses"))
     with pytest.raises(InputError, match=r"parallel\.cfg=2: without guidance"):
         plan_batch(replace(TINY, guided=False), on(1, 2), H100, Fixed(cfg=2))
+
+
+def test_one_rank_takes_any_method_also_as_a_replica() -> None:
+    for method in ("torus", "tas", "usp", "ulysses", "ring"):
+        assert plan_batch(TINY, on(1, 1), H100, Fixed(method=method)).method == method
+        assert plan_batch(TINY, on(2, 2), H100, Fixed(method=method, replicas=4)).method == method
 
 
 def test_a_plan_that_does_not_fit_into_memory_is_not_taken() -> None:
