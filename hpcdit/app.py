@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     def whole() -> int:
         code = run(world, argv)
         world.close()
-        finalize()
+        finalize(world.timeout_s)
         return code
 
     return guarded(world, whole)
@@ -86,7 +86,7 @@ def _run(world: "World", argv: Sequence[str], stop: StopRequest) -> int:
     config = Config.from_dict(values)
     if config.mode == "plan":
         return world.agree(lambda: plan(argv), "the plan")
-    world.timeout_s = config.transport.timeout_s
+    world.keep_watch(config.transport.timeout_s)
     from .cluster import Cluster
     from .render.batch import Batch, prepare
 

@@ -12,6 +12,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Hashable, Iterator, Sequence
+from math import ceil
 from typing import Any
 
 import mpi4py
@@ -23,7 +24,6 @@ from .launch import launch_error
 from .service import Service
 
 START_S = 600  # for MPI to start: the slowest rank may read Python from a busy file system
-END_S = 60  # for MPI to end, after all ranks have said that they end
 ABORT_S = 5  # for the launcher to be told
 
 
@@ -88,8 +88,18 @@ class World(Group):
 
     def _beat(self) -> None:
         self._life.beats.beat()
-        if (watch := self._life.blocked) is not None:
-            next(watch)
+        for watch in (self._life.blocked, self._life.always):
+            if watch is not None:
+                next(watch)
+
+    def keep_watch(self, timeout_s: float) -> None:
+        """From now on the next rank is watched at any time, and `timeout_s` is what all waits use.
+
+        So a rank that is gone is noticed where nobody waits for it: while all load the model, or by other groups.
+        """
+        self.timeout_s = timeout_s
+        if self.size > 1:
+            self._life.always = self._watch([(self.rank + 1) % self.size], "its next heartbeat")
 
     def _fail(self, error: BaseException) -> None:
         if isinstance(error, MPI.Exception):
@@ -115,8 +125,9 @@ class World(Group):
 
     def close(self) -> None:
         """Collective end of a run in which all is well: nothing is left open that would make MPI's Finalize abort."""
+        self._life.always = None
         self.barrier("the end of the run")
-        with alarm(END_S):  # nobody watches any more
+        with alarm(ceil(self.timeout_s)):  # nobody watches any more
             self._poll(self._life.beats.settled)
             self._poll(self.comm.Ibarrier().Test)
             self.service.stop()
@@ -187,7 +198,7 @@ class Cluster:
             self.node_comm.Free()
 
 
-def finalize() -> None:
-    """The end of MPI in this process; every World is closed by now."""
-    with alarm(END_S):
+def finalize(timeout_s: float) -> None:
+    """The end of MPI in this process, after `timeout_s` by force; every World is closed by now."""
+    with alarm(ceil(timeout_s)):
         MPI.Finalize()

@@ -34,13 +34,17 @@ def split(comm: MPI.Comm, color: int, key: int) -> MPI.Intracomm:
 
 @dataclass
 class Life:
-    """What all groups of a process share. blocked: looks at heartbeats while the main thread is in a call of MPI."""
+    """What all groups of a process share.
+
+    Looks at heartbeats by the service thread: blocked, while the main thread is in a call of MPI; always, at any time.
+    """
 
     beats: Heartbeats
     service: Service
     cores: int
     timeout_s: float = 60.0  # until the configuration is known
     blocked: Iterator[None] | None = None
+    always: Iterator[None] | None = None
 
 
 class Group:

@@ -206,12 +206,14 @@ def test_a_killed_rank_ends_the_run_and_the_same_command_finishes_it(tmp_path: P
             assert np.abs(a["frames"][:].astype(int) - b["frames"][:]).max() <= 1
 
 
-@pytest.mark.parametrize("ranks_per_node", [1, 2])
-def test_a_stopped_rank_is_noticed_and_named(ranks_per_node: int, tmp_path: Path) -> None:
+# Of two replicas none waits for the other before the end.
+@pytest.mark.parametrize("layout", ["cluster.ranks_per_node=1", "cluster.ranks_per_node=2", "parallel.replicas=2"])
+def test_a_stopped_rank_is_noticed_and_named(layout: str, tmp_path: Path) -> None:
     file = prompts(tmp_path / "p.txt", CAPTIONS)
     timeout_s = 4
-    args = (f"prompts={file}", "sampling.steps=200", f"transport.timeout_s={timeout_s}", *TOGETHER)
-    with Running(2, *args, f"cluster.ranks_per_node={ranks_per_node}", cwd=tmp_path) as program:
+    args = (f"prompts={file}", "sampling.steps=200", f"transport.timeout_s={timeout_s}", "parallel.cfg=1")
+    together = ["parallel.replicas=1"] * ("replicas" not in layout)
+    with Running(2, *args, layout, *together, cwd=tmp_path) as program:
         program.until(r"step \d+/200")
         os.kill(program.pids()[1], signal.SIGSTOP)
         code, seconds = program.ended(60)
