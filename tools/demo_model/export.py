@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from .captions import COLOURS, FORM, GROUNDS, MOTIONS, SHAPES
 from .evaluate import rendering
@@ -28,7 +28,7 @@ def main(words: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(words)
     try:
         config = OmegaConf.load(arguments.run / "config.yaml")
-        assert OmegaConf.is_dict(config)
+        assert isinstance(config, DictConfig)
         config.out, config.device = str(arguments.run), "cpu"
         export(settings(config), arguments.folder, "image" if arguments.image else "text")
     except (OSError, ValueError, IndexError) as error:

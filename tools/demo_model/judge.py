@@ -63,11 +63,10 @@ def compare(wanted: Scene, seen: Scene) -> Verdict:
     if len(seen.things) < len(wanted.things):
         return Verdict(False, False, False, ground, count)
     orders = itertools.permutations(seen.things, len(wanted.things))
-    verdicts = [
-        Verdict(*(all(a == b for a, b in zip(*words, strict=True)) for words in _words(wanted.things, order)),
-                ground, count)
-        for order in orders
-    ]  # fmt: skip
+    verdicts = []
+    for order in orders:
+        colour, shape, motion = (all(a == b for a, b in zip(*w, strict=True)) for w in _words(wanted.things, order))
+        verdicts.append(Verdict(colour, shape, motion, ground, count))
     return max(verdicts, key=lambda verdict: (verdict.colour, verdict.shape + verdict.motion))
 
 
