@@ -38,7 +38,7 @@ def start(mode: str, overrides: Sequence[str]) -> int:
     world = World()
     code = app.run(world, overrides)
     world.close()
-    finalize()
+    finalize(world.timeout_s)
     return code
 
 
