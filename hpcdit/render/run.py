@@ -82,7 +82,6 @@ def _render(
     config: Config, world: World, cluster: Cluster, batch: Batch, stop: StopRequest, report: Report | None,
     stack: ExitStack,
 ) -> None:  # fmt: skip
-    folder = Path(config.output.dir)
     # The traces' clock is rank 0's, from here on.
     zero = world.broadcast(Trace.now(), "the clocks")
     trace = Trace(world.rank, config.trace.level, world.clock_offset() - zero)
@@ -108,27 +107,11 @@ def _render(
     gc.enable()
     if report:
         report.log.info("device: %s; transport: %s", device.name, transport.describe())
-        if graph and trace.level > 1 and device.clock and not device.clock.in_graphs:
-            report.log.warning(
-                "trace.level=2: this torch has no events in CUDA graphs, only passes are timed;"
-                " allowed: a later torch, or model.graph=false"
-            )
+        _warn_untimed(trace, device, graph, report)
         _log_plan(planner, report)
         _warn_unguided(batch, plan.cfg, adapter, report)
     todo = _source(config, batch, stack) if report else Listed(())  # before the finisher: what it writes stays claimed
-    finisher = Finisher(
-        adapter,
-        device,
-        folder / "videos",
-        Provenance.of(config, cluster, batch, groups),
-        Trace(world.rank, config.trace.level, trace.offset, trace.ranges),
-        config.output.compression,
-        config.output.video,
-        world.cores,
-        config.queue.claims,
-        config.grace_s / 2,
-    )
-    stack.callback(finisher.close)
+    finisher = _finisher(config, world, device, adapter, Provenance.of(config, cluster, batch, groups), trace, stack)
     checkpoints = _checkpoints(config, batch, groups, stack)
     dtype = getattr(torch, config.model.dtype)
     # What belongs to no video is the job's trace.
@@ -154,6 +137,35 @@ def _render(
     network.close()
     if stopped is not None:
         raise stopped
+
+
+def _warn_untimed(trace: Trace, device: Device, graph: bool, report: Report) -> None:
+    if graph and trace.level > 1 and device.clock and not device.clock.in_graphs:
+        report.log.warning(
+            "trace.level=2: this torch has no events in CUDA graphs, only passes are timed;"
+            " allowed: a later torch, or model.graph=false"
+        )
+
+
+def _finisher(
+    config: Config, world: World, device: Device, adapter: Adapter, provenance: "Provenance", trace: Trace,
+    stack: ExitStack,
+) -> Finisher:  # fmt: skip
+    """With a trace of its own: it works beside what `trace` records."""
+    finisher = Finisher(
+        adapter,
+        device,
+        Path(config.output.dir) / "videos",
+        provenance,
+        Trace(world.rank, config.trace.level, trace.offset, trace.ranges),
+        config.output.compression,
+        config.output.video,
+        world.cores,
+        config.queue.claims,
+        config.grace_s / 2,
+    )
+    stack.callback(finisher.close)
+    return finisher
 
 
 def _checkpoints(config: Config, batch: Batch, groups: Groups, stack: ExitStack) -> Checkpoints | None:

@@ -1,5 +1,4 @@
 import inspect as python
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +11,7 @@ from hpcdit.models import configs
 from hpcdit.models.loading import ModelShape, inspect, shape
 from tests.checkpoints import make_wan
 
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """More threads are slower for sizes as tiny as these, much slower where other programs want the cores too."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_defaults_for_keys_that_a_configuration_leaves_out_are_those_of_diffusers() -> None:

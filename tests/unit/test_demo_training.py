@@ -3,7 +3,6 @@
 import csv
 import json
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +19,7 @@ from tools.demo_model import export, latents, models, stages, train, whole
 from tools.demo_model.captions import held_out, parse
 from tools.demo_model.settings import Settings, settings
 
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 RESIDUAL = dict(base_dim=6, is_residual=True, in_channels=12, out_channels=12, patch_size=2, dim_mult=[1, 2, 2],

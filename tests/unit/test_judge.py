@@ -1,6 +1,6 @@
 """The judge of the demo model: right on real clips of every kind, also on blurred and noisy ones, not on wrong ones."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,12 +21,7 @@ RED = Thing("red", "star", "moving left")
 BLUE = Thing("blue", "square", "moving up")
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def clips(wanted: Sequence[Scene], size: Size = SMALL, seed: int = 0) -> Tensor:
