@@ -74,6 +74,15 @@ class Device:
             return Spans(record, now, outer)
         return StreamSpans(record, now, outer, self.clock)
 
+    def repeated(self, body: Callable[[], object], calls: int) -> Callable[[], None]:
+        """What calls `body`, which has run before, so many times; on a GPU as passes do, from a graph."""
+        if not self.cuda:
+            return lambda: _call(body, calls)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, capture_error_mode="relaxed"):
+            _call(body, calls)
+        return graph.replay
+
     def synchronize(self) -> None:
         """Returns when everything is done that this process has asked of the device."""
         if self.cuda:
@@ -111,6 +120,11 @@ class Device:
     def memory_bytes(self) -> float | None:
         """Of the device, if it has memory of its own."""
         return float(torch.cuda.get_device_properties(self.torch).total_memory) if self.cuda else None
+
+
+def _call(body: Callable[[], object], times: int) -> None:
+    for _ in range(times):
+        body()
 
 
 def resident_peak_bytes() -> int:

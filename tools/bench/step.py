@@ -18,6 +18,7 @@ from typing import Any
 
 import diffusers
 import gpu
+import step_fa3
 import torch
 from diffusers import ContextParallelConfig, WanTransformer3DModel
 from step_ours import Ours
@@ -187,18 +188,20 @@ class Step:
     def variants(self) -> list[tuple[str, Prepare]]:
         ranks = self.world.size
 
-        def plain(name: str, spread: bool, compiled: bool) -> tuple[str, Prepare]:
+        def plain(name: str, spread: bool, compiled: bool, fa3: bool = False) -> tuple[str, Prepare]:
             def prepare(model: Any) -> Prepared:
                 if spread:
                     model.enable_parallelism(config=ContextParallelConfig(ulysses_degree=ranks))
                 if compiled:
                     for block in model.blocks:
                         block.compile(dynamic=False)
-                return name, model, lambda: None
+                return name, model, step_fa3.instead_of(self.args.backend) if fa3 else lambda: None
 
             return name, prepare
 
         found = [plain("diffusers", False, False), plain("diffusers, blocks compiled", False, True)]
+        if "FA3" in gpu.kernels():
+            found.append(plain("diffusers, blocks compiled, FA3 by hand", False, True, fa3=True))
         if ranks > 1:
             spread = f"diffusers, Ulysses {ranks} over NCCL"
             found += [plain(spread, True, False), plain(f"{spread}, blocks compiled", True, True)]
