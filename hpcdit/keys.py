@@ -63,12 +63,12 @@ def _choice(*words: str) -> Rule:
     return Rule(f"{', '.join(words[:-1])} or {words[-1]}", accept, choices=words)
 
 
-def _flag() -> Rule:
+def _flag(null: str | None = None) -> Rule:
     def accept(value: Any) -> bool:
         _require(type(value) is bool)
         return bool(value)
 
-    return Rule("true or false", accept, choices=("true", "false"))
+    return Rule("true or false", accept, null, choices=("true", "false"))
 
 
 def _path(allowed: str, null: str | None = None) -> Rule:
@@ -168,6 +168,7 @@ RULES: Mapping[str, Rule] = {
     "cluster.costs.inter_overlap": _number(above=0, most=1, null=MEASURED),
     "cluster.costs.intra_latency_us": _number(null=MEASURED),
     "cluster.costs.intra_gb_s": _number(above=0, null=MEASURED),
+    "cluster.costs.intra_puts": _flag(null=MEASURED),
     "cluster.costs.attention_tflops": _number(above=0, null=MEASURED),
     "cluster.costs.matmul_tflops": _number(above=0, null=MEASURED),
     "cluster.costs.call_us": _number(null=MEASURED),

@@ -71,7 +71,7 @@ def measure(cluster: Cluster, transport: Transport, device: Device, dtype: torch
         inter, spread = links(transport)
         beside = overlap(world, transport, device, inter, attending(device, dtype, head_dim))
     traffic.inter, traffic.intra = before
-    return Costs(inter, intra, **asdict(mine), spread=spread, overlap=beside)
+    return Costs(inter, intra, **asdict(mine), spread=spread, overlap=beside, puts=transport.streams)
 
 
 # Links

@@ -1,6 +1,6 @@
 """What links and kernels cost: a few measured numbers, from which times of any size follow."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from math import ceil
 from typing import Any
@@ -24,7 +24,8 @@ class Costs:
     multiprocessors; 1 for a CPU); tile: query tokens of one thread block. copy_bytes_per_s: of one rank in its own
     memory. memory_bytes: of one rank. spread: the share of inter that is left where a node talks to several others by
     turns: they do not keep in step, and then two send to one while another waits. overlap: the share of a rank's speed
-    that is left while its node sends or receives: transfers want cores, or a GPU's multiprocessors and memory.
+    that is left while its node sends or receives: transfers want cores, or a GPU's multiprocessors and memory. puts:
+    blocks are put into each other's memory inside a node too, as between GPUs; else ranks of a node read in place.
     """
 
     inter: Link
@@ -38,6 +39,7 @@ class Costs:
     memory_bytes: float
     spread: float = 1.0
     overlap: float = 1.0
+    puts: bool = False
 
     def attend(self, queries: int, keys: int, heads: int, batch: int, dim: int) -> float:
         """Seconds of one attention call.
@@ -49,6 +51,14 @@ class Costs:
             return 0.0
         waves = ceil(ceil(queries / self.tile) * heads * batch / self.lanes)
         return self.call_s + waves * self.lanes * min(self.tile, queries) * keys * 4 * dim / self.attention_flops
+
+    def spaces(self, nodes: Sequence[int]) -> tuple[int, ...]:
+        """Of ranks that lie on `nodes`, who can read each other's memory: those of the same number."""
+        return tuple(range(len(nodes))) if self.puts else tuple(nodes)
+
+    def link(self, node: int, other: int) -> Link:
+        """What is between two ranks of these nodes."""
+        return self.inter if node != other else self.intra
 
     def copy(self, nbytes: float) -> float:
         """Seconds to write `nbytes` into this rank's own memory, or to read them there."""

@@ -1,6 +1,7 @@
-"""Transfers between nodes in a simulation: what leaves a rank goes in order, and links are shared."""
+"""Transfers in a simulation: what leaves a rank goes in order, and links are shared."""
 
 import heapq
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -20,6 +21,7 @@ class Flow:
     nbytes: int
     left: float = 0.0
     start: float = 0.0
+    far: bool = True  # between nodes
 
 
 class Network:
@@ -29,7 +31,7 @@ class Network:
     """
 
     def __init__(self, nodes: Sequence[int], costs: Costs, per_node: int) -> None:
-        self.nodes, self.costs = nodes, costs
+        self.nodes, self.costs, self.spaces = nodes, costs, costs.spaces(nodes)
         self.under_way: list[Flow] = []
         self._window = 2 * costs.inter.latency_s * costs.inter.bytes_per_s / per_node
         self._outward: dict[int, dict[Piece, list[Flow]]] = {}
@@ -41,7 +43,9 @@ class Network:
     def add(self, flow: Flow, node: int, to: int) -> None:
         """node, to: between which it goes; its own ranks may stand for others."""
         self._outward.setdefault(flow.source, {}).setdefault(flow.piece, []).append(flow)
-        self._ways.add((to - node) % (self.nodes[-1] + 1))
+        flow.far = node != to
+        if flow.far:
+            self._ways.add((to - node) % (self.nodes[-1] + 1))
 
     def leaving(self, rank: int) -> list[Piece]:
         """The pieces that leave `rank`, in order."""
@@ -69,17 +73,22 @@ class Network:
             self._wait(flow)
 
     def rates(self) -> list[float]:
-        """Bytes a second of each flow: its share of its source's link or of its target's, whichever is less."""
-        out, into = dict[int, int](), dict[int, int]()
-        for flow in self.under_way:
-            source, target = self.nodes[flow.source], self.nodes[flow.target]
-            out[source], into[target] = out.get(source, 0) + 1, into.get(target, 0) + 1
-        rate = self.costs.inter.bytes_per_s * (self.costs.spread if len(self._ways) > 1 else 1.0)
-        return [rate / max(out[self.nodes[f.source]], into[self.nodes[f.target]]) for f in self.under_way]
+        """Bytes a second of each flow: its share of its source's link or of its target's, whichever is less.
+
+        Between nodes the ranks of a node share one, inside a node each rank has its own.
+        """
+        out, into = Counter[tuple[bool, int]](), Counter[tuple[bool, int]]()
+        ends = [tuple((f.far, self.nodes[r] if f.far else r) for r in (f.source, f.target)) for f in self.under_way]
+        for source, target in ends:
+            out[source] += 1
+            into[target] += 1
+        far = self.costs.inter.bytes_per_s * (self.costs.spread if len(self._ways) > 1 else 1.0)
+        rates = {True: far, False: self.costs.intra.bytes_per_s}
+        return [rates[source[0]] / max(out[source], into[target]) for source, target in ends]
 
     def busy(self) -> set[int]:
-        """The nodes that send or receive."""
-        return {self.nodes[rank] for flow in self.under_way for rank in (flow.source, flow.target)}
+        """Where something is sent or comes in: of Costs.spaces."""
+        return {self.spaces[rank] for flow in self.under_way for rank in (flow.source, flow.target)}
 
     def gone(self, flow: Flow, now: float) -> None:
         """All of `flow` has left its rank."""

@@ -40,7 +40,7 @@ def read(path: Path) -> dict[str, Any] | None:
     """Costs.to_dict of what was kept, if it is whole."""
     with suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
         costs = Costs.from_dict(json.loads(path.read_text()))
-        if all(type(number) in (int, float) and 0 < number < math.inf for number in _numbers(asdict(costs))):
+        if all(type(n) is bool or (type(n) in (int, float) and 0 < n < math.inf) for n in _numbers(asdict(costs))):
             return costs.to_dict()
     return None
 

@@ -20,6 +20,7 @@ UNITS = {
     "tile": 1,
     "copy_gb_s": 1e9,
     "memory_gb": 1e9,
+    "intra_puts": 1,
 }
 
 
@@ -38,6 +39,7 @@ def to_costs(values: Mapping[str, Any]) -> Costs:
         memory_bytes=v["memory_gb"],
         spread=v["inter_spread"],
         overlap=v["inter_overlap"],
+        puts=bool(v["intra_puts"]),
     )
 
 
@@ -57,6 +59,7 @@ def to_keys(costs: Costs) -> dict[str, Any]:
         "memory_gb": costs.memory_bytes,
         "inter_spread": costs.spread,
         "inter_overlap": costs.overlap,
+        "intra_puts": costs.puts,
     }
     return {key: value if UNITS[key] == 1 else value / UNITS[key] for key, value in v.items()}
 

@@ -53,7 +53,7 @@ def plan_group(work: Workload, nodes: Sequence[int], costs: Costs, fixed: Fixed 
 def _candidates(group: Group, work: Workload, costs: Costs, fixed: Fixed) -> list[Candidate]:
     bounds: dict[tuple[str, int, int], Bound] = {}
     found = []
-    for layout in layouts(group, work.heads, fixed):
+    for layout in layouts(group, work.heads, fixed, costs.puts):
         family = (layout.method, layout.ulysses, layout.ring)
         if family not in bounds:
             bounds[family] = bound(*family, group, work, costs)

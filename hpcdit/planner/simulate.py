@@ -105,6 +105,7 @@ class _Run:
         self.ended = [inf] * len(self.ranks)
         self.there: set[tuple[int, Piece]] = set()  # readable in the memory of the rank
         self.waiting: dict[tuple[int, Piece], list[int]] = {}
+        self.spaces = costs.spaces(nodes)
         self.network = Network(nodes, costs, max(nodes.count(node) for node in set(nodes[: self.symmetry.period])))
         self.working: dict[int, float] = {}  # what is left of a rank's present step, seconds with all of its speed
         self.started = [0.0] * len(self.ranks)  # the present step
@@ -127,7 +128,7 @@ class _Run:
         key = self.symmetry.of(rank, piece)
         if key not in self._holders:
             holder = self.holder(self.schedule.sources[key[0]][key[1]], key[1])
-            self._holders[key] = holder if self.nodes[holder] == self.nodes[key[0]] else key[0]
+            self._holders[key] = holder if self.spaces[holder] == self.spaces[key[0]] else key[0]
         return (self._holders[key] + rank - key[0]) % self.symmetry.size
 
     def _plan_transfers(self) -> None:
@@ -144,14 +145,17 @@ class _Run:
                         self.intra += self.nbytes(step.piece)
                 elif isinstance(step, Push):
                     home, there = self.symmetry.of(step.home, step.piece)
-                    if self.nodes[step.home] != self.nodes[rank]:
+                    if self.spaces[step.home] != self.spaces[rank]:
                         size = self.nbytes(step.piece)
                         self._flow(Flow((1, at), rank, step.piece, home, there, size), rank, step.home)
                     else:
                         self.intra += self.nbytes(step.piece)
 
     def _flow(self, flow: Flow, source: int, target: int) -> None:
-        self.inter += flow.nbytes
+        if self.nodes[source] != self.nodes[target]:
+            self.inter += flow.nbytes
+        else:
+            self.intra += flow.nbytes
         self.network.add(flow, self.nodes[source], self.nodes[target])
 
     # Events
@@ -198,7 +202,7 @@ class _Run:
     def _speeds(self) -> dict[int, float]:
         """Of each rank that works at a step: all, or what its node's transfers leave."""
         busy = self.network.busy() if self.costs.overlap < 1 else ()
-        return {rank: self.costs.overlap if self.nodes[rank] in busy else 1.0 for rank in self.working}
+        return {rank: self.costs.overlap if self.spaces[rank] in busy else 1.0 for rank in self.working}
 
     def _publish(self, rank: int) -> None:
         """v, k and q become readable one after the other, and the first step follows."""
@@ -224,8 +228,9 @@ class _Run:
 
     def _gone(self, flow: Flow) -> None:
         self.network.gone(flow, self.now)
-        self.spans.append(Span(flow.source, "inter", flow.piece.tensor, flow.start, self.now))
-        self.at(self.now + self.costs.inter.latency_s, flow.target, flow.there)
+        lane, link = ("inter", self.costs.inter) if flow.far else ("intra", self.costs.intra)
+        self.spans.append(Span(flow.source, lane, flow.piece.tensor, flow.start, self.now))
+        self.at(self.now + link.latency_s, flow.target, flow.there)
 
     # Steps
 
@@ -271,7 +276,7 @@ class _Run:
                 self.spans.append(Span(rank, "intra", step.piece.tensor, start, self.now))
             for waiter in self.waiting.pop((rank, step.piece), ()):
                 self.at(self.now, waiter)
-        elif self.nodes[step.home] != self.nodes[rank]:
+        elif self.spaces[step.home] != self.spaces[rank]:
             self._arrive(rank, step.piece)  # in its staging block, from where it leaves
         else:
             home, there = self.symmetry.of(step.home, step.piece)

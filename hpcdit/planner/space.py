@@ -40,11 +40,14 @@ def simplicity(layout: Layout) -> tuple[int, ...]:
     return layout.groups, cuts, SIMPLEST_FIRST.index(layout.method), layout.ulysses, layout.pieces
 
 
-def layouts(group: Group, heads: int, fixed: Fixed) -> list[Layout]:
-    """All layouts of `group` that the user left open, the simplest first. Raises InputError where there is none."""
+def layouts(group: Group, heads: int, fixed: Fixed, puts: bool = False) -> list[Layout]:
+    """All layouts of `group` that the user left open, the simplest first. Raises InputError where there is none.
+
+    puts: as Costs.puts.
+    """
     found = [
         Layout(method, ulysses, ring, pieces, groups)
-        for method, ulysses, ring in _families(group, heads, fixed)
+        for method, ulysses, ring in _families(group, heads, fixed, puts)
         for pieces in (_pieces(ulysses, fixed) if method == "torus" and group.size > 1 else (0,))
         for groups in _head_groups(ceil(heads / ulysses), group.size, fixed)
     ]
@@ -53,7 +56,7 @@ def layouts(group: Group, heads: int, fixed: Fixed) -> list[Layout]:
     return sorted(found, key=simplicity)
 
 
-def _families(group: Group, heads: int, fixed: Fixed) -> Iterator[tuple[str, int, int]]:
+def _families(group: Group, heads: int, fixed: Fixed, puts: bool) -> Iterator[tuple[str, int, int]]:
     """(method, ulysses, ring). On a mesh of one axis the products are Ulysses or Ring by another name."""
     ranks, method, given = group.size, fixed.method, fixed.ulysses is not None or fixed.ring is not None
     if given or method in ("ulysses", "ring"):
@@ -71,7 +74,7 @@ def _families(group: Group, heads: int, fixed: Fixed) -> Iterator[tuple[str, int
             yield "usp", ulysses, ring
             if group.crosses:  # inside a node the order of the axes makes no difference
                 yield "tas", ulysses, ring
-        if group.crosses and ulysses > 1:
+        if (group.crosses or puts) and ulysses > 1:  # else nothing is on its way while a rank computes
             yield "torus", ulysses, ring
 
 
@@ -112,7 +115,7 @@ def bound(method: str, ulysses: int, ring: int, group: Group, work: Workload, co
     piece = work.batch * work.tokens / ranks * work.heads / ulysses * work.head_dim * work.itemsize
     inter_bytes = sum(far_pieces) * piece
     transfer = inter_bytes / costs.inter.bytes_per_s + costs.inter.latency_s * any(far_pieces)
-    pulls = near_pulls * (costs.intra.latency_s + piece / costs.intra.bytes_per_s)
+    pulls = 0.0 if costs.puts else near_pulls * (costs.intra.latency_s + piece / costs.intra.bytes_per_s)
     flops = 4 * work.batch * work.tokens * ceil(work.tokens / ring) * ceil(work.heads / ulysses) * work.head_dim
     calls = 1 if ulysses == ring == 1 else 3 if torus else ring
     moved = (4 * (ulysses - 1) + 2 * (ring - 1) * ulysses) * ranks * piece
@@ -122,7 +125,7 @@ def bound(method: str, ulysses: int, ring: int, group: Group, work: Workload, co
         inter_bytes=across,
         intra_bytes=max(moved - across, 0.0),
         readers=len(far_pieces) if len(set(far_pieces)) == 1 and ranks % len(far_pieces) == 0 else 1,
-        stored=ulysses > 1 or group.crosses,
+        stored=ulysses > 1 or group.crosses or costs.puts,
     )
 
 
@@ -138,7 +141,8 @@ def alone(layout: Layout, shape: Shape, group: Group, costs: Costs, itemsize: in
     one = shape.batch * shape.dim * itemsize  # bytes of a head of one token
     mean = one * shape.length * shape.heads / (group.size * schedule.slots)  # bytes of a piece
     whole = costs.copy(one * tokens[me] * shape.heads)
-    now, arrived, last, busy, met = 3 * whole, 0.0, 0.0, 0.0, set[tuple[int, int]]()
+    now, last, busy, met = 3 * whole, 0.0, 0.0, set[tuple[int, int]]()
+    arrived = {True: 0.0, False: 0.0}  # from other nodes, and from the own one
     spans = list[Span]()
     for step in schedule.ranks[me]:
         start = now
@@ -152,17 +156,19 @@ def alone(layout: Layout, shape: Shape, group: Group, costs: Costs, itemsize: in
             spans.append(Span(me, "compute", "attend", start, now))
             continue
         nbytes = one * tokens[step.piece.tokens] * heads[step.piece.heads]
-        far = nodes[step.source if isinstance(step, Pull) else step.home] != nodes[me]
-        link = costs.inter if far else costs.intra
+        other = nodes[step.source if isinstance(step, Pull) else step.home]
+        far, link = other != nodes[me], costs.link(other, nodes[me])
         if isinstance(step, Push):
             now += costs.copy(nbytes)
-            last = max(last, now + link.latency_s + far * nbytes / link.bytes_per_s)
-            spans.append(Span(me, "inter" if far else "intra", "o", start, max(now, far * last)))
-        elif far:
+            sent = far or costs.puts
+            last = max(last, now + link.latency_s + sent * nbytes / link.bytes_per_s)
+            spans.append(Span(me, "inter" if far else "intra", "o", start, max(now, sent * last)))
+        elif far or costs.puts:
             all_alike = limit.readers * min(nbytes, mean)  # those of its node, some with smaller shares
-            start, arrived = arrived, arrived + (nbytes if limit.readers == 1 else all_alike) / link.bytes_per_s
-            spans.append(Span(me, "inter", step.piece.tensor, start, arrived))
-            now = max(now, arrived + link.latency_s)
+            size = all_alike if far and limit.readers > 1 else nbytes
+            start, arrived[far] = arrived[far], arrived[far] + size / link.bytes_per_s
+            spans.append(Span(me, "inter" if far else "intra", step.piece.tensor, start, arrived[far]))
+            now = max(now, arrived[far] + link.latency_s)
         else:
             now += link.latency_s + nbytes / link.bytes_per_s
             spans.append(Span(me, "intra", step.piece.tensor, start, now))

@@ -8,7 +8,9 @@ from .costs import Costs
 # Times a layer reads or writes an activation as large as its input, beside the matrix products (norms, modulation,
 # rotary embedding, residuals). Fitted: Wan 2.1 14B takes 4.84 s a guided step on one H100, of which 4.6 s are products.
 PASSES = 24
-ACTIVATIONS = 8  # as large as a layer's input, alive at the same time
+# As large as a layer's input, alive at the same time, beside what is between the two feed-forward products. Fitted to
+# peaks of torch's memory on a GPU, Wan 2.1 14B and 1.3B at 480p.
+ACTIVATIONS = 6
 SETS = 2  # buffer sets that alternate by layer
 
 
@@ -74,7 +76,8 @@ class Workload:
 
     def activation_bytes(self, ranks: int) -> int:
         """Of the busiest of `ranks` ranks that share a video, beside what others read or write."""
-        elements = ceil(self.tokens / ranks) * (ACTIVATIONS * self.width + 2 * self.ffn_dim)
+        inner = 1 if self.itemsize < 4 else 2  # GELU is part of the product in halves
+        elements = ceil(self.tokens / ranks) * (ACTIVATIONS * self.width + inner * self.ffn_dim)
         return self.batch * elements * self.itemsize + self.gather_bytes()
 
     def exchanged_bytes(self, ulysses: int, ring: int, stored: bool) -> int:
@@ -84,7 +87,7 @@ class Workload:
         """
         tokens, width = ceil(self.tokens / (ulysses * ring)), self.width
         slot = ceil(self.heads / ulysses) * self.head_dim
-        mates = tokens * ulysses * slot if ulysses > 1 else 0  # q of others, and their o on its way home
-        keys = 2 * (tokens * ulysses * ring if stored else tokens * ulysses) * slot
-        elements = SETS * (4 * tokens * width + 2 * mates + keys)
+        others = tokens * (ulysses - 1) * slot  # their q; their o on its way home; and what of the own they make
+        keys = 2 * tokens * (ulysses * ring - 1) * slot if stored else 0
+        elements = SETS * (3 * tokens * width + 3 * others + keys)
         return self.batch * elements * self.itemsize + 2 * self.exchange_bytes()

@@ -39,6 +39,7 @@ class Denoiser:
     checkpoints: Checkpoints | None
     told: Callable[[list[str], int], None]
     finish_s: Callable[[int], float]
+    peak_bytes: int = 0  # of the device's memory when the first videos were denoised, and none was decoded yet
     _timed: SequenceParallel | None = None  # what the last step was of, and how long the steps of its video took
     _each_s: float = 0.0
 
@@ -88,7 +89,9 @@ class Denoiser:
                 step_start = self.trace.start("step")
 
         try:
-            return self.adapter.denoise(conditions, noise, steps, scale, session, on_step, self.halves, start)
+            latents = self.adapter.denoise(conditions, noise, steps, scale, session, on_step, self.halves, start)
+            self.peak_bytes = self.peak_bytes or self.device.peak_bytes()
+            return latents
         except (GivenUp, *FATAL):
             raise
         except Exception as error:

@@ -66,6 +66,11 @@ class Engine:
     def _leads(self) -> bool:
         return self.group.rank == 0
 
+    @property
+    def denoising_bytes(self) -> int:
+        """The most of the device's memory that this rank held while it denoised its first videos; 0: it had none."""
+        return self._denoise.peak_bytes
+
     def render(self, jobs: Sequence[Job]) -> None:
         """Renders what the queue gives of `jobs`. Raises Stopped, on all ranks, if videos were given up on request;
         what was denoised by then is written. Collective over the world."""

@@ -130,7 +130,7 @@ def _render(
         engine.render(batch.todo)
     except Stopped as error:  # by all ranks together
         stopped = error
-    _log_memory(world, device, network, planner.memory_bytes + before, report)
+    _log_memory(world, device, network, engine.denoising_bytes, planner.memory_bytes + before, report)
     if halves:
         halves.close()
     groups.close()
@@ -192,15 +192,24 @@ def _source(config: Config, batch: Batch, stack: ExitStack) -> Source:
     return shared
 
 
-def _log_memory(world: World, device: Device, network: Network, planned: int, report: Report | None) -> None:
-    """The most that a rank held, beside what was planned. planned: what the process held before included."""
-    ours = (resident_peak_bytes(), device.peak_bytes() + network.peak_bytes(), planned)
-    resident, peak, planned_gib = (world.largest(n, "the end of the batch") / 2**30 for n in ours)
+def _log_memory(
+    world: World, device: Device, network: Network, denoising: int, planned: int, report: Report | None
+) -> None:
+    """The most that a rank held, beside what was planned.
+
+    denoising: of the device's, while no video was decoded; planned: what the process held before included.
+    """
+    symmetric = network.peak_bytes()
+    ours = (resident_peak_bytes(), device.peak_bytes() + symmetric, denoising + symmetric, planned)
+    resident, peak, denoised, planned_gib = (world.largest(n, "the end of the batch") / 2**30 for n in ours)
     if report:
         plan = f", {planned_gib:.2f} GiB planned"
         report.log.info("peak memory: %.2f GiB on the largest rank%s", resident, "" if device.cuda else plan)
         if device.cuda:
-            report.log.info("peak GPU memory: %.2f GiB on the largest rank%s", peak, plan)
+            whole = f"; {peak:.2f} GiB in all"
+            report.log.info(
+                "peak GPU memory: %.2f GiB on the largest rank while it denoised%s%s", denoised, plan, whole
+            )
 
 
 def _log_plan(planner: Planner, report: Report) -> None:

@@ -20,14 +20,13 @@ ROUNDS = 4  # that are measured together; even, see nvshmem_exchange
 class NvshmemTransport(Transport):
     """NVSHMEM between the GPUs of all ranks of `cluster`; after `start`.
 
-    ahead: rounds outside a graph do not wait on the host, see nvshmem_exchange. `traffic` counts what is captured once:
-    who replays it counts that.
+    `traffic` counts what is captured once: who replays it counts that.
     """
 
     def __init__(self, cluster: Cluster) -> None:
         super().__init__(rank=cluster.world.rank, nodes=cluster.nodes)
         self.cluster, self.heap = cluster, current()
-        self.ahead, self.exchanges = False, list[NvshmemExchange]()
+        self.exchanges = list[NvshmemExchange]()
 
     @property
     def spaces(self) -> Sequence[int]:
@@ -55,9 +54,6 @@ class NvshmemTransport(Transport):
         """
         event = torch.cuda.Event()
         event.record()
-        self.await_event(event, what, peers)
-
-    def await_event(self, event: torch.cuda.Event, what: str, peers: Sequence[int] | None = None) -> None:
         try:
             self.cluster.world.wait(event.query, range(self.size) if peers is None else peers, what)
         except PeerLost as error:

@@ -23,8 +23,7 @@ meetings have signals of their own, by turns, for the reason for which there are
 synchronises the device waits as well: the first call of a kernel (CUDA loads it then; Programming Guide, Lazy Loading,
 Concurrent Execution), compilation, tuning, a full memory pool. If that happens on two ranks that wait for each other's
 next block, it is a deadlock. So in rounds outside a graph the host looks at the signals, and only what has arrived is
-waited for on a stream; it also finds out who is gone. `NvshmemTransport.ahead` makes such rounds like captured ones,
-for when all kernels have run before.
+waited for on a stream; it also finds out who is gone.
 """
 
 import math
@@ -71,9 +70,8 @@ class NvshmemExchange(Exchange):
                 self._onward.setdefault(t.source, []).append(t)
         self._from = {t.target: t.source.rank for t in pattern.transfers if t.target.rank == transport.rank}
         self._ready = {place: torch.cuda.Event() for place in {**self._from, **self._onward}}
-        self._ended: dict[int, torch.cuda.Event] = {}
         self._late: dict[Place, int] = {}  # inbound blocks of this round that no stream waits for yet
-        self._round, self._which, self._captured, self._spins = 0, 0, False, False
+        self._round, self._which, self._captured = 0, 0, False
         torch.cuda.current_stream().synchronize()
         self._world.barrier(SETTING_UP)  # signals are zero everywhere
 
@@ -97,12 +95,8 @@ class NvshmemExchange(Exchange):
         capturing = torch.cuda.is_current_stream_capturing()
         self._round += 1
         self._which = self._round % self.SETS
-        self._spins = capturing or self.transport.ahead
         if capturing and not self._captured:
             self._meet(0)
-        elif not capturing and self._spins and self._which in self._ended:
-            # Not further ahead than the sets: CUDA's queue of calls is never full, and a lost peer is found.
-            self.transport.await_event(self._ended[self._which], f"the end of layer {self._round - self.SETS}")
         self._captured = capturing
         self._signals[self._which, -1].fill_(1)
         self._opened.record()
@@ -137,8 +131,8 @@ class NvshmemExchange(Exchange):
         return self._signals.data_ptr() + 8 * (self._which * self._signals.shape[1] + block)
 
     def wait(self, place: Place) -> None:
-        """As Exchange.wait, for the current stream; in rounds that are captured or `ahead`, await_stream raises."""
-        if place in self._late and self._spins:
+        """As Exchange.wait, for the current stream; in rounds that are captured await_stream raises."""
+        if place in self._late and self._captured:
             self._expect(place)
         elif place in self._late:
             what = f"{self._name(place)}, layer {self._round}"
@@ -193,8 +187,6 @@ class NvshmemExchange(Exchange):
         for stream in self._heap.beside:
             torch.cuda.current_stream().wait_stream(stream)
         self._signals[self._which].zero_()
-        if not self._captured:
-            self._ended.setdefault(self._which, torch.cuda.Event()).record()
 
     def settle(self) -> None:
         """The end of the rounds of a capture, if there is one."""

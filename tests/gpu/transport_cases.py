@@ -35,7 +35,7 @@ HEAP = 2 << 30
 LIMIT_S = 90  # of a case; then it says where every thread stands
 NAP_CYCLES = 20_000_000  # about 12 ms
 UNTIMED = Spans(None, lambda: 0.0)
-MODES = ("careful", "ahead", "graph")
+MODES = ("eager", "graph")
 LAYOUTS = [
     Layout(method, *degrees)
     for method, pairs in {
@@ -104,7 +104,7 @@ def exchanged(bed: Bed, transport: NvshmemTransport, count: int, dtype: torch.dt
     routes = [((0, 0), (1, 1)), ((1, 0), (0, 1)), ((1, 1), (0, 2)), ((0, 3), (1, 4)), ((1, 3), (0, 4))]
     transfers = tuple(Transfer(Place(*source), Place(*target)) for source, target in routes)
     pattern = Pattern(dtype, (spans,) * 2, transfers, (names,) * 2)
-    rank, transport.ahead = transport.rank, False
+    rank = transport.rank
     base = (torch.arange(count, device=bed.device) % 97).to(dtype)
     shift = torch.zeros((), device=bed.device, dtype=dtype)
     wrong = torch.zeros((), device=bed.device, dtype=torch.int64)
@@ -128,9 +128,7 @@ def exchanged(bed: Bed, transport: NvshmemTransport, count: int, dtype: torch.dt
             for _ in range(number):
                 turn()
 
-        turns(2)
-        transport.ahead = mode == "ahead"
-        turns(4)
+        turns(6)
         for number in (3, 2, 1) if mode == "graph" else ():
             graph, _ = capture(transport, partial(turns, number))
             for _ in range(5):
@@ -160,7 +158,6 @@ class Layers:
     def __init__(self, bed: Bed, layout: Layout, per_node: int, dtype: torch.dtype, kernels: Any, shape: Shape) -> None:
         self.bed, self.shape, self.dtype, self.late = bed, shape, dtype, False
         self.transport = bed.transports[per_node]
-        self.transport.ahead = False
         self.attention = Attention(layout.schedule(), shape, self.transport, kernels, dtype, UNTIMED)
         width = shape.heads * shape.dim
         self.gather = Gather(shape.batch, shape.length, width, self.transport, kernels, dtype, UNTIMED)
@@ -205,12 +202,9 @@ class Layers:
         error = float((out.double() - mine).abs().max() / expected.abs().max()) if out.numel() else 0.0
         return error if error == error else float("inf")
 
-    def eager(self, mode: str, count: int) -> float:
+    def eager(self, count: int) -> float:
         """The largest error of so many layers."""
-        owns, outs = [self.own(number) for number in range(count)], []
-        for number, own in enumerate(owns):
-            self.transport.ahead = mode == "ahead" and number >= 2  # by then all kernels have run
-            outs.append(self.layer(own))
+        outs = [self.layer(own) for own in [self.own(number) for number in range(count)]]
         whole = self.gather(outs[-1].flatten(2))
         self.transport.join()
         self.transport.await_stream("the layers")
@@ -218,7 +212,7 @@ class Layers:
 
     def graph(self, count: int, replays: int) -> float:
         """As eager, of a graph of `count` layers that is replayed, now and then with other layers in between."""
-        worst = self.eager("careful", 2)
+        worst = self.eager(2)
         held = [torch.empty_like(self.own(0)) for _ in range(count)]
 
         def layers() -> tuple[list[torch.Tensor], torch.Tensor]:
@@ -254,7 +248,7 @@ def attention(bed: Bed, layout: Layout, mode: str) -> str:
                 cut_up = Layout(layout.method, layout.ulysses, layout.ring, pieces, groups)
                 shape = Shape(1 + count % 2, 61 + 40 * (count % 3), 5, 16)
                 with closing(Layers(bed, cut_up, per_node, dtype, PLAIN, shape)) as layers:
-                    error = layers.graph(1 + count % 3, 10) if mode == "graph" else layers.eager(mode, 5)
+                    error = layers.graph(1 + count % 3, 10) if mode == "graph" else layers.eager(5)
                     worst[dtype] = max(worst[dtype], bed.check(error, limits[dtype], f"{cut_up}, {per_node} a node"))
                 count += 1
     return f"{count} problems, errors {', '.join(f'{error:.1e}' for error in worst.values())}"
@@ -266,15 +260,8 @@ def late(bed: Bed, mode: str) -> str:
     for layout in (Layout("ulysses", 2, 1), Layout("ring", 1, 2, groups=2), Layout("torus", 2, 1, groups=3)):
         with closing(Layers(bed, layout, 1, torch.float32, PLAIN, Shape(1, 131, 6, 16))) as layers:
             layers.late = True
-            error = layers.graph(3, 4) if mode == "graph" else layers.eager(mode, 9)
+            error = layers.graph(3, 4) if mode == "graph" else layers.eager(9)
             worst = max(worst, bed.check(error, 2e-5, str(layout)))
-    return f"errors {worst:.1e}"
-
-
-def many(bed: Bed) -> str:
-    """More layers than CUDA's queue of calls takes, enqueued ahead."""
-    with closing(Layers(bed, Layout("torus", 2, 1), 1, torch.float32, PLAIN, Shape(1, 64, 4, 16))) as layers:
-        worst = bed.check(layers.eager("ahead", 150), 2e-5, "150 layers")
     return f"errors {worst:.1e}"
 
 
@@ -300,7 +287,7 @@ def kernels(bed: Bed) -> str:
     worst = 0.0
     for layout in (*LAYOUTS, Layout("torus", 2, 1, groups=3), Layout("ring", 1, 2, groups=2)):
         with closing(Layers(bed, layout, 1, torch.bfloat16, own, Shape(2, 1021, 6, 128))) as layers:
-            worst = max(worst, bed.check(layers.eager("ahead", 5), 2e-2, str(layout)))
+            worst = max(worst, bed.check(layers.eager(5), 2e-2, str(layout)))
             worst = max(worst, bed.check(layers.graph(3, 4), 2e-2, f"{layout}, in a graph"))
     return f"errors {worst:.1e}"
 
@@ -374,7 +361,6 @@ CASES: dict[str, Callable[[Bed], str]] = {
     **{f"blocks, {mode}": partial(blocks, mode=mode) for mode in MODES},
     **{f"{layout}, {mode}": partial(attention, layout=layout, mode=mode) for mode in MODES for layout in LAYOUTS},
     **{f"a late rank, {mode}": partial(late, mode=mode) for mode in MODES},
-    "many layers ahead": many,
     "a host that synchronises": synchronised,
     "without the front end": without_front_end,
     "memory": memory,
@@ -389,13 +375,13 @@ def dead(bed: Bed, mode: str) -> str:
     """Rank 1 is gone after three layers; what rank 0 then says, and after how many seconds."""
     bed.world.timeout_s = 3
     layers = Layers(bed, Layout("ulysses", 2, 1), 1, torch.float32, PLAIN, Shape(1, 61, 5, 16))
-    layers.eager("careful", 3)
+    layers.eager(3)
     own = layers.own(0)
     graph = capture(layers.transport, lambda: layers.layer(own))[0] if mode == "graph" else None
     bed.world.barrier("the death")
     if bed.world.rank == 1:
         os._exit(1)
-    layers.transport.ahead, begun = mode == "ahead", time.monotonic()
+    begun = time.monotonic()
     try:
         if graph is None:
             layers.layer(own)

@@ -46,6 +46,19 @@ def test_two_nodes_of_ulysses_pay_for_each_transfer_and_the_whole_computation(la
     assert found.seconds == pytest.approx(3 * piece_s + latency_s + found.compute_s + piece_s + latency_s)
 
 
+def test_what_is_put_inside_a_node_travels_while_ranks_compute() -> None:
+    """A ring of two on one node: what is read in place is waited for, what is put is hidden behind the own half."""
+    shape, schedule = Shape(1, 8000, 1, 8), Layout("ring", 1, 2).schedule()
+    costs = replace(COSTS, intra=Link(0.0, 1e6))
+    read, put = (simulate(schedule, shape, (0, 0), replace(costs, puts=puts), 4) for puts in (False, True))
+    moving_s = 2 * 4000 * 8 * 4 / 1e6
+    assert moving_s < read.compute_s / 2
+    assert read.seconds == pytest.approx(read.compute_s + moving_s)
+    assert put.seconds == pytest.approx(put.compute_s)
+    assert (put.inter_bytes, put.intra_bytes) == (0, read.intra_bytes) and read.intra_bytes == 4 * 4000 * 8 * 4
+    assert {span.lane for span in put.spans} == {"compute", "intra"}
+
+
 def test_transfers_slow_the_computation_beside_them() -> None:
     """A ring of two: k and v travel while each attends its own; the second half is attended with nothing beside it."""
     shape = Shape(1, 8000, 1, 8)

@@ -36,12 +36,13 @@ from hpcdit.attention.schedule import Shape
 from hpcdit.cluster import Cluster, World
 from hpcdit.errors import InputError
 from hpcdit.mesh import cut
-from hpcdit.transport.base import Transport
+from hpcdit.transport.base import Exchange, Transport
 
 DTYPE = torch.bfloat16
 TIMED, CHECKED = 0, 1  # seeds of what is timed, and of what is computed once, at the end, and compared
 ROWS = 64  # of each rank's tokens, compared with float64
-CALLS = 10  # layers in a row, of one method, before it is the next one's turn
+Closing = list[Attention | Exchange]
+CALLS = 10  # layers in a row, of one method, before it is the next one's turn, or two graphs
 
 
 @dataclass
@@ -71,7 +72,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--layouts", help='"usp 1x2; torus 2x1 g2": ulysses x ring, groups, pieces; default: five')
     parser.add_argument("--ranks-per-node", type=int, default=1, help="GPUs that stand for a node; 0: real nodes")
     parser.add_argument("--repeat", type=int, default=5, help=f"turns of {CALLS} layers of each method")
-    parser.add_argument("--without", default="", help="methods to leave out, by parts of their names: 'ring,eager'")
+    parser.add_argument("--without", default="", help="methods to leave out, by parts of their names: 'ring,cuDNN'")
     return parser
 
 
@@ -135,7 +136,10 @@ class Layer:
         return rows, torch.stack(parts, 2)
 
 
-def pure(layer: Layer, kernels: dict[str, gpu.Attend], making: own.Making | None) -> list[Way]:
+def pure(
+    layer: Layer, kernels: dict[str, gpu.Attend], making: own.Making | None, transport: Transport | None, made: Closing
+) -> list[Way]:
+    """One call; with `transport` also beside transfers, whose exchange is added to `made`, which is to be closed."""
     q, k, v = layer.part()
     ways = []
 
@@ -147,6 +151,12 @@ def pure(layer: Layer, kernels: dict[str, gpu.Attend], making: own.Making | None
         if making is not None:
             way.made = Way(way.name, gpu.captured(partial(own.pure_made, attend, layer.own, v, making)))
         ways.append(way)
+    if transport is not None:
+        name, attend = list(kernels.items())[-1]
+        made.append(own.moving(transport, layer.own["q"]))
+        count = own.layers_of(layer.shape.length)
+        call = partial(own.beside, made[-1], transport, partial(once, attend), count)
+        ways.append(Way(f"pure, {name}, beside as many bytes", gpu.captured(call), count, whole=False))
     return ways
 
 
@@ -178,20 +188,18 @@ def rivals(layer: Layer, modules: dict[str, Any]) -> list[Way]:
 
 
 def hpcdit(
-    layer: Layer, transport: Transport, making: own.Making, wanted: Sequence[Layout], made: list[Attention]
+    layer: Layer, transport: Transport, making: own.Making, wanted: Sequence[Layout], made: Closing
 ) -> list[Way]:
-    """Each layout eager and as a graph; what is to be closed is added to `made`."""
-    ways = []
+    """Each layout as a graph; what is to be closed is added to `made`."""
+    ways, count = [], own.layers_of(layer.shape.length)
     for layout in wanted:
-        for kind in ("eager", "graph"):
-            attention = own.attention(layout, layer.shape, transport, DTYPE)
-            made.append(attention)
-            call = partial(own.ours, attention, transport, layer.own)
-            way = Way(f"{layout}, {kind}", gpu.captured(call) if kind == "graph" else call, own.LAYERS)
-            if kind == "graph":  # v is in place from the calls before the capture above
-                in_place = partial(own.made_in_place, attention, transport, layer.own, making)
-                way.made = Way(way.name, gpu.captured(in_place), own.LAYERS)
-            ways.append(way)
+        attention = own.attention(layout, layer.shape, transport, DTYPE)
+        made.append(attention)
+        # v is in place from the calls before this capture
+        way = Way(str(layout), gpu.captured(partial(own.ours, attention, transport, layer.own, count)), count)
+        in_place = partial(own.made_in_place, attention, transport, layer.own, making, count)
+        way.made = Way(way.name, gpu.captured(in_place), count)
+        ways.append(way)
     return ways
 
 
@@ -201,13 +209,16 @@ def measure(ways: Sequence[Way], world: World, repeat: int) -> None:
     for turn in range(repeat + 1):
         for way in every:
             world.barrier(gpu.WHAT)
-            found = gpu.seconds(way.call, CALLS // way.layers)
+            found = gpu.seconds(way.call, max(CALLS // way.layers, 2))
             if turn:  # the first is for warming
                 way.times += [time / way.layers for time in found[1:]]  # and the first call for meeting the others
 
 
-def report(layer: Layer, ways: Sequence[Way]) -> str:
-    """The table of one length, and the check of what was timed. Called by all ranks together."""
+def report(layer: Layer, ways: Sequence[Way], picked: str) -> str:
+    """The table of one length, and the check of what was timed. Called by all ranks together.
+
+    picked: what parallel.method=auto would take, for the title.
+    """
     world = layer.world
     medians = [way.typical(world) for way in ways]
     in_place = [way.made.typical(world) if way.made else None for way in ways]
@@ -228,7 +239,7 @@ def report(layer: Layer, ways: Sequence[Way]) -> str:
         lines.append([way.name, *figures, f"{best / typical:.2f}", *second, error])
     head = ["method", "median ms", "min", "max", "pure / median", "made in place, ms", "pure / it", "error"]
     s = layer.shape
-    return f"\nL = {s.length}, H = {s.heads}, D = {s.dim}, {DTYPE}\n{gpu.table(head, lines)}"
+    return f"\nL = {s.length}, H = {s.heads}, D = {s.dim}, {DTYPE}{picked}\n{gpu.table(head, lines)}"
 
 
 @torch.no_grad()
@@ -243,8 +254,10 @@ def body(args: argparse.Namespace, world: World) -> None:
     gpu.say(world, f"{gpu.cards(world, device)}; as {cluster.node_count} nodes; kernels: {', '.join(kernels)}")
     gpu.say(world, "ms a layer, medians of the slowest GPU; error: relative to float64; made in place: see --help")
     transport: Transport | None = None
+    costs = None
     try:
         transport = own.start(cluster, device)
+        costs = own.measured(cluster, transport, DTYPE, args.dim)
     except ImportError as error:
         gpu.say(world, f"without hpcdit: {error}")
     modules: dict[str, Any] = {}
@@ -254,19 +267,22 @@ def body(args: argparse.Namespace, world: World) -> None:
         gpu.say(world, f"without yunchang: {error}")
     left_out = [word.strip() for word in args.without.split(",") if word.strip()]
     for length in sizes:
-        layer, made = Layer(Shape(1, length, args.heads, args.dim), world, device), list[Attention]()
+        layer, made = Layer(Shape(1, length, args.heads, args.dim), world, device), Closing()
         making = own.Making.of(layer.own["q"]) if transport is not None else None
-        ways = [*pure(layer, kernels, making), *rivals(layer, modules)]
-        if transport is not None and making is not None:
-            ways += hpcdit(layer, transport, making, wanted, made)
+        ways = [*pure(layer, kernels, making, transport, made), *rivals(layer, modules)]
+        picked = ""
+        if transport is not None and making is not None and costs is not None:
+            auto, seconds = own.pick(cluster, costs, layer.shape)
+            picked = f"; auto: {auto}, {seconds * 1e3:.3f} ms by the model"
+            ways += hpcdit(layer, transport, making, list(dict.fromkeys([*wanted, auto])), made)
         ways = [way for way in ways if not way.whole or not any(word in way.name for word in left_out)]
         measure(ways, world, args.repeat)
-        gpu.say(world, report(layer, ways))
+        gpu.say(world, report(layer, ways, picked))
         torch.cuda.synchronize()
         del layer, ways  # graphs go before the memory that they use
         gc.collect()
-        for attention in made:
-            attention.close()
+        for each in made:
+            each.close()
         torch.cuda.empty_cache()
     cluster.close()
 

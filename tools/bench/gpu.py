@@ -1,11 +1,15 @@
 """What the benchmarks on GPUs share: a GPU for each rank, NCCL beside MPI, kernels to compare with, events, graphs."""
 
 import argparse
+import importlib
 import os
 import socket
+import statistics
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from itertools import pairwise
 from typing import Any, TypeVar
 
@@ -94,6 +98,41 @@ def seconds(call: Callable[[], object], count: int) -> list[float]:
         event.record()
     events[-1].synchronize()
     return [first.elapsed_time(second) / 1e3 for first, second in pairwise(events)]
+
+
+class Clocks:
+    """Samples this GPU's clock and power while it is entered, where NVML's Python binding is installed."""
+
+    EVERY_S = 0.01
+
+    def __init__(self, device: torch.device) -> None:
+        self._found, self._stop, self._nvml = list[tuple[float, float]](), threading.Event(), None
+        with suppress(ImportError):
+            self._nvml = importlib.import_module("pynvml")
+            self._nvml.nvmlInit()
+            uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"  # numbers are others than CUDA's
+            self._handle = self._nvml.nvmlDeviceGetHandleByUUID(uuid.encode())
+
+    def __enter__(self) -> "Clocks":
+        self._thread = threading.Thread(target=self._sample, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _sample(self) -> None:
+        while self._nvml and not self._stop.wait(self.EVERY_S):
+            clock = self._nvml.nvmlDeviceGetClockInfo(self._handle, self._nvml.NVML_CLOCK_SM)
+            self._found.append((clock, self._nvml.nvmlDeviceGetPowerUsage(self._handle) / 1e3))
+
+    def __str__(self) -> str:
+        """Averages: MHz, W."""
+        if not self._found:
+            return "-"
+        mhz, watts = (statistics.mean(values) for values in zip(*self._found, strict=True))
+        return f"{mhz:.0f}, {watts:.0f}"
 
 
 def captured(call: Callable[[], T]) -> Callable[[], T]:

@@ -55,7 +55,7 @@ MODELS = {"14b": Model(40, 13824, 40, 4), "1.3b": Model(12, 8960, 30, 6)}
 class Row:
     """What a variant took, of the slower GPU. first_s: its first call, compiling included; output None: it failed.
 
-    fewer: the times with so many layers less; kernels: the table of --profile.
+    clocks: MHz and watts of this rank's GPU; fewer: the times with so many layers less; kernels: of --profile.
     """
 
     name: str
@@ -64,6 +64,7 @@ class Row:
     peak_bytes: float
     output: Tensor | None
     note: str = ""
+    clocks: str = "-"
     fewer: list[float] | None = None
     kernels: str = ""
 
@@ -173,7 +174,9 @@ class Step:
             row.first_s = time.perf_counter() - start
             output = self(forward)
             self.world.barrier(gpu.WHAT)
-            row.times = gpu.seconds(lambda: self(forward), self.args.repeat)
+            with gpu.Clocks(self.device) as clocks:
+                row.times = gpu.seconds(lambda: self(forward), self.args.repeat)
+            row.clocks = str(clocks)
             row.peak_bytes = self.world.largest(torch.cuda.max_memory_allocated(), gpu.WHAT)
             row.output = output.clone()
             if self.args.profile and layers == self.layers:
@@ -225,7 +228,8 @@ class Step:
             f"Wan 2.1 {args.model}, {self.layers} of its {self.model.layers} layers, random weights, {kept};"
             f" {args.frames} frames of {args.size}: {self.tokens} tokens; {passes}\n"
             f"medians of {args.repeat}, of the slowest GPU; seconds of the whole model: {whole};\n"
-            "peak: of torch's own memory, weights included; planned: the same; difference: to the first line, relative"
+            "peak: of torch's own memory, weights included; planned: the same; difference: to the first line, relative;"
+            " MHz, W: of rank 0's GPU while it was timed"
         )
 
     def whole(self, row: Row, typical: float) -> float:
@@ -237,7 +241,7 @@ class Step:
     def line(self, row: Row, first: Row) -> list[str]:
         """Called by all ranks together."""
         if row.output is None or first.output is None:
-            return [row.name, *["-"] * 6, row.note or "failed on another rank"]
+            return [row.name, *["-"] * 7, row.note or "failed on another rank"]
         typical = self.world.largest(statistics.median(row.times), gpu.WHAT)
         base = self.world.largest(statistics.median(first.times), gpu.WHAT)
         finite = not self.world.largest(not bool(row.output.isfinite().all()), gpu.WHAT)
@@ -249,6 +253,7 @@ class Step:
             f"{row.peak_bytes / 2**30:.1f}",
             f"{row.first_s:.1f}",
             f"{difference:.1e}",
+            row.clocks,
         )
         return [row.name, *figures, "" if finite else "NOT FINITE"]
 
@@ -268,6 +273,7 @@ def body(args: argparse.Namespace, world: World) -> None:
         "GiB peak",
         "first s",
         "difference",
+        "MHz, W",
         "",
     ]
     rows: list[Row] = []

@@ -113,7 +113,11 @@ class Bench:
             for _ in range(calls):
                 attend()
 
-        alone = self.seconds(captured(lambda: [compute() for _ in range(ROUNDS)]), ROUNDS)
+        def computes() -> None:
+            for _ in range(ROUNDS):
+                compute()
+
+        alone = self.seconds(captured(computes), ROUNDS)
         both = self.seconds(self.rounds(single, 1, compute), ROUNDS)
         overlap = (transfer + alone - both) / min(transfer, alone)
         for exchange in (single, many):
