@@ -5,7 +5,7 @@ import os
 import sys
 from typing import NoReturn
 
-from . import guard
+from . import guard, leftovers
 
 
 def main() -> NoReturn:
@@ -19,6 +19,8 @@ def work() -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     # Nothing that imports make is garbage; looking through it again and again takes a third of the start.
     gc.disable()
+    if leftovers.first_here(os.environ):
+        leftovers.remove_segments()
     from .app import main as run_program
 
     return run_program()
