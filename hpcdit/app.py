@@ -38,7 +38,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return InputError.exit_code if "PMI_RANK" not in os.environ else BrokenRun.exit_code
 
     def whole() -> int:
-        code = run(world, argv)
+        stop = StopRequest()
+        stop.listen()  # to the end: what is asked for while MPI ends changes nothing any more
+        code = _say(lambda: _run(world, argv, stop), first=world.rank == 0)
         world.close()
         finalize(world.timeout_s)
         return code

@@ -168,15 +168,19 @@ class Group:
         return answer["value"]
 
     def together(self, body: Callable[[], T], what: str) -> T:
-        """What `body` returns on this rank; an InputError of any rank's `body` is raised on every rank."""
-        error, value = "", None
+        """What `body` returns on this rank; an InputError or Stopped of any rank's `body` is raised on every rank."""
+        kinds = InputError, Stopped
+        error: Exception | None = None
+        value = None
         try:
             value = body()
-        except InputError as wrong:
-            error = str(wrong)
-        if self.largest(bool(error), what):
-            said = self.gather(error.encode(), 0, what)
-            raise InputError(self.broadcast(next((text.decode() for text in said if text), ""), what))
+        except kinds as raised:
+            error = raised
+        mine = next((n for n, kind in enumerate(kinds, 1) if isinstance(error, kind)), 0)
+        if found := round(self.largest(mine, what)):
+            kind = kinds[found - 1]
+            said = self.gather(str(error).encode() if isinstance(error, kind) else b"", 0, what)
+            raise kind(self.broadcast(next((text.decode() for text in said if text), ""), what))
         return cast(T, value)
 
     def largest(self, value: float, what: str) -> float:

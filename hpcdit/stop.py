@@ -1,9 +1,18 @@
 """Requests to stop, as the batch system or a person sends them."""
 
 import signal
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
+
+from .errors import Stopped
+
+T = TypeVar("T")
+
+
+class Interrupt(BaseException):
+    """Leaves what can be left at any point; no Exception, since libraries catch those and try something else."""
 
 
 @dataclass
@@ -12,18 +21,39 @@ class StopRequest:
 
     by: str = ""
     _before: dict[signal.Signals, Any] = field(default_factory=dict)
+    _leave: bool = False
 
-    def __enter__(self) -> "StopRequest":
+    def listen(self) -> None:
         """From here on SIGTERM, SIGUSR1 (what Slurm sends before the time limit) and Ctrl-C are requests."""
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             self._before[number] = signal.signal(number, self._note)
+
+    def __enter__(self) -> "StopRequest":
+        """Listens until the end of the block."""
+        self.listen()
         return self
 
     def __exit__(self, *error: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
+    def leave(self, body: Callable[[], T]) -> T:
+        """What `body` returns: what takes long and leaves nothing half done. Raises Stopped as soon as one is asked."""
+        try:
+            try:
+                self._leave = True
+                if self.by:
+                    raise Interrupt
+                return body()
+            finally:
+                self._leave = False
+        except Interrupt:
+            raise Stopped(f"stopped on request ({self.by}); the same command resumes") from None
+
     def _note(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.by:  # twice: at once
             raise KeyboardInterrupt
         self.by = signal.Signals(number).name
+        if self._leave:
+            self._leave = False
+            raise Interrupt

@@ -4,9 +4,7 @@ import gc
 import os
 import sys
 from contextlib import ExitStack, suppress
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -14,13 +12,12 @@ import torch
 from ..cluster import Cluster, World
 from ..config import Config
 from ..device import Device, bind, resident_peak_bytes
-from ..errors import BrokenRun, Stopped
-from ..mesh import Mesh
+from ..errors import BrokenRun, InputError, Stopped
 from ..models import adapter_of
 from ..models.base import Adapter
 from ..output.catalog import rebuild
 from ..output.claims import Claims, run_name
-from ..output.record import Row, VideoRecord
+from ..output.record import Row
 from ..output.store import software
 from ..output.trace import EVENT, Trace
 from ..planner.presets import to_keys
@@ -32,11 +29,11 @@ from ..transport.heap import HEAP_BYTES
 from .batch import Batch, output_folder
 from .checkpoints import Checkpoints
 from .engine import Engine
-from .groups import Groups
-from .manifest import Job
+from .groups import Groups, Halves
 from .plan import workload
 from .planner import Planner
 from .progress import Report, clock, open_log
+from .provenance import Provenance
 from .queue import Queue, batches
 from .sources import Listed, Shared, Source, told
 from .stages import Finisher
@@ -102,7 +99,13 @@ def _render(
     with trace.span("load", "io"):
         load, m = adapter_of(batch.folder.family).load, config.model
         graph = m.graph and transport.streams
-        adapter = world.together(lambda: load(batch.folder, m.dtype, device.torch, m.compile, graph), "the model")
+        try:
+            adapter = world.together(
+                lambda: stop.leave(lambda: load(batch.folder, m.dtype, device.torch, m.compile, graph)), "the model"
+            )
+        except (InputError, Stopped):  # by all ranks together
+            _close(halves, groups, network)
+            raise
     gc.freeze()  # what is there by now stays to the end
     gc.enable()
     if report:
@@ -131,12 +134,17 @@ def _render(
     except Stopped as error:  # by all ranks together
         stopped = error
     _log_memory(world, device, network, engine.denoising_bytes, planner.memory_bytes + before, report)
+    _close(halves, groups, network)
+    if stopped is not None:
+        raise stopped
+
+
+def _close(halves: Halves | None, groups: Groups, network: Network) -> None:
+    """Collective: what is left open would make MPI's end abort."""
     if halves:
         halves.close()
     groups.close()
     network.close()
-    if stopped is not None:
-        raise stopped
 
 
 def _warn_untimed(trace: Trace, device: Device, graph: bool, report: Report) -> None:
@@ -148,7 +156,7 @@ def _warn_untimed(trace: Trace, device: Device, graph: bool, report: Report) -> 
 
 
 def _finisher(
-    config: Config, world: World, device: Device, adapter: Adapter, provenance: "Provenance", trace: Trace,
+    config: Config, world: World, device: Device, adapter: Adapter, provenance: Provenance, trace: Trace,
     stack: ExitStack,
 ) -> Finisher:  # fmt: skip
     """With a trace of its own: it works beside what `trace` records."""
@@ -229,45 +237,6 @@ def _warn_unguided(batch: Batch, cfg: int, adapter: Adapter, report: Report) -> 
             "cfg %d: %d of %d videos have no guidance, both halves compute the same for them",
             cfg, unguided, len(batch.todo),
         )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Provenance:
-    """What is stored with every video of a run, besides what is its own."""
-
-    model: dict[str, Any]
-    config: dict[str, Any]
-    software: dict[str, str]
-    cluster: dict[str, Any]
-    mesh: Mesh
-
-    @classmethod
-    def of(cls, config: Config, cluster: Cluster, batch: Batch, groups: Groups) -> "Provenance":
-        described = cluster.describe()
-        model = {
-            "name": config.model.name,
-            "family": batch.folder.family,
-            "fingerprint": batch.folder.fingerprint,
-            "dtype": config.model.dtype,
-        }
-        return cls(model, config.describe(), software(described["mpi"]), described, groups.mesh)
-
-    def __call__(self, job: Job, plan: dict[str, Any]) -> VideoRecord:
-        """plan: how its denoising was shared out inside the group."""
-        s = job.sampling
-        return VideoRecord(
-            id=job.id,
-            prompt=job.prompt,
-            negative_prompt=job.negative_prompt,
-            seed=s.seed,
-            fps=s.fps,
-            sampling=asdict(s),
-            model=self.model,
-            plan={**plan, **dict(self.mesh.axes)},
-            config=self.config,
-            software=self.software,
-            cluster=self.cluster,
-        )
 
 
 def _report(config: Config, cluster: Cluster, batch: Batch) -> Report:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from math import prod
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -179,6 +180,24 @@ def stop_in_a_group(comm: MPI.Comm, checkpoint: str, prompts: str, folder: str) 
         return [int(data) for data in world.gather(str(code).encode(), 0, "the exit codes")]
 
     return side_by_side(comm, [[(4, body)]])
+
+
+def stop_while_loading(comm: MPI.Comm, checkpoint: str, prompts: str, folder: str) -> Any:
+    """Rank 1 of 2 is asked to stop when it has begun to load, which would take minutes; the exit codes of both."""
+    load = Wan.load
+
+    def slow(*args: Any) -> Wan:
+        if comm.rank == 1:
+            threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGTERM)).start()
+            time.sleep(600)
+        return load(*args)
+
+    def body(world: World) -> list[int]:
+        with mock.patch.object(Wan, "load", slow):
+            code = app.run(world, [f"model.path={checkpoint}", f"prompts={prompts}", f"output.dir={folder}"])
+        return [int(data) for data in world.gather(str(code).encode(), 0, "the exit codes")]
+
+    return side_by_side(comm, [[(2, body)]])
 
 
 def broken_thread(comm: MPI.Comm) -> None:

@@ -193,6 +193,13 @@ def test_a_stop_that_one_rank_hears_of_ends_all_groups(tiny: tuple[Path, Path], 
     assert log.count(": starts") == min(videos, 2) and ": done" not in log
 
 
+def test_a_request_to_stop_one_rank_while_it_loads_stops_all_at_once(tiny: tuple[Path, Path], tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_text("a red circle\n")
+    args = str(tiny[0]), str(tmp_path / "p.txt"), str(tmp_path / "out")
+    assert mpirun(2, "stop_while_loading", *args, timeout_s=200) == [[75] * 2]
+    assert "stopped on request (SIGTERM)" in (tmp_path / "out" / "run.log").read_text()
+
+
 Requests = tuple[Path, dict[str, np.ndarray]]
 
 
