@@ -26,7 +26,9 @@ STOPPED = 75
 OWN = (0, 1, 2, 3, KILLED, STOPPED)  # the codes that the program ends with, and Python after an exception
 PR_SET_PDEATHSIG, PR_SET_NAME = 1, 15
 NAME = "hpcdit-guard"  # what ps calls it, and how guards know each other
-END = signal.SIGRTMIN + 1  # from one guard to the others of its host: a rank has broken, the run is over
+# From one guard to the others of its host: the run is over, a rank has broken, or was stopped before it could listen.
+END, HALT = signal.SIGRTMIN + 1, signal.SIGRTMIN + 2
+STANDS_S = 60.0  # for which the work of a rank may be stopped (SIGSTOP) while its guard is not
 LINGER_S = 2.0
 HEARING_S = 1.0  # for the launcher to take in what was said
 SIZES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
@@ -36,6 +38,7 @@ RANKS = ("PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID")
 FORWARDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP, signal.SIGTSTP, signal.SIGCONT)
 # A terminal sends these to every process of the run, the work included; the guard outlives them.
 LEFT_TO_WORK = (signal.SIGINT, signal.SIGQUIT)
+ALL = (*FORWARDED, *LEFT_TO_WORK, END, HALT)
 
 HINTS = {
     signal.SIGKILL: "often the machine ran out of memory: try fewer ranks a node, or smaller videos",
@@ -54,20 +57,22 @@ def run(main: Callable[[], int]) -> NoReturn:
     its handlers must bear that.
     """
     # Held back until both processes have their own handlers, so that none is lost in between.
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, (*FORWARDED, *LEFT_TO_WORK, END))
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ALL)
     guard = os.getpid()
     child = os.fork()
     if child == 0:
         _die_with(guard)
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        sys.exit(main())
+        code = main()
+        signal.pthread_sigmask(signal.SIG_BLOCK, ALL)  # how the run ends is decided
+        sys.exit(code)
     _prctl(PR_SET_NAME, NAME.encode())
     asked = _watch_signals(child)
     signal.pthread_sigmask(signal.SIG_SETMASK, before)
-    _, status = os.waitpid(child, 0)
+    status = _wait(child, asked)
     # From here on nothing may end this process but its own exit: Python puts the default handlers back as it ends.
-    signal.pthread_sigmask(signal.SIG_BLOCK, (*FORWARDED, *LEFT_TO_WORK, END))
-    code = KILLED if END in asked else _exit_code(child, status, asked)
+    signal.pthread_sigmask(signal.SIG_BLOCK, ALL)
+    code = KILLED if END in asked else STOPPED if HALT in asked else _exit_code(child, status, asked)
     # Also where a signal ended the work as it was asked to: a launcher does not notice a rank that never reached MPI.
     if _launched() and (code in (1, KILLED) or os.WIFSIGNALED(status)):
         _end_run(code)
@@ -102,7 +107,8 @@ def _watch_signals(child: int) -> set[int]:
         with contextlib.suppress(ProcessLookupError):
             os.kill(child, signal.SIGKILL)
 
-    signal.signal(END, end)
+    for number in (END, HALT):
+        signal.signal(number, end)
     for number in FORWARDED:
         signal.signal(number, forward)
     for number in LEFT_TO_WORK:
@@ -110,10 +116,37 @@ def _watch_signals(child: int) -> set[int]:
     return asked
 
 
+def _wait(child: int, asked: set[int]) -> int:
+    """The status that the child ends with. One that stands still for STANDS_S is killed.
+
+    The other ranks notice that, too, and sooner, but not while MPI starts, and not when they have ended. The seconds
+    are counted one by one: where all was paused, and this process with it, the child goes on at the same time.
+    """
+    stood = 0
+
+    def tick(number: int, _frame: FrameType | None) -> None:
+        nonlocal stood
+        stood += 1
+        if stood >= STANDS_S:
+            asked.add(number)
+            os.kill(child, signal.SIGKILL)
+
+    signal.signal(signal.SIGALRM, tick)
+    while True:
+        _, status = os.waitpid(child, os.WUNTRACED | os.WCONTINUED)
+        if os.WIFEXITED(status) or os.WIFSIGNALED(status):
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            return status
+        stood, each_s = 0, float(os.WIFSTOPPED(status))
+        signal.setitimer(signal.ITIMER_REAL, each_s, each_s)
+
+
 def _exit_code(child: int, status: int, asked: set[int]) -> int:
     if os.WIFEXITED(status) and os.WEXITSTATUS(status) in OWN:
         return os.WEXITSTATUS(status)
-    if os.WIFEXITED(status):  # MPICH ends processes so, for errors that it lets nobody handle
+    if signal.SIGALRM in asked:
+        how = f"was stopped, did not go on for {STANDS_S:g} s, and was killed"
+    elif os.WIFEXITED(status):  # MPICH ends processes so, for errors that it lets nobody handle
         how = f"was ended by MPI or the system with exit code {os.WEXITSTATUS(status)}"
     else:
         number = signal.Signals(os.WTERMSIG(status))
@@ -128,7 +161,7 @@ def _exit_code(child: int, status: int, asked: set[int]) -> int:
 
 def _end_run(code: int) -> None:
     """Has all other ranks end too, and the launcher, where it has a say, with `code`."""
-    _end_host()
+    _end_host(HALT if code == STOPPED else END)
     # MPICH's launcher, and srun, leave other hosts alone when a rank ends by itself, but do what MPI_Abort would ask
     # them for.
     launcher = os.environ.get("PMI_FD", "")
@@ -158,8 +191,8 @@ def let_hear(stream: int = 2) -> None:
             time.sleep(0.005)
 
 
-def _end_host() -> None:
-    """Has the other ranks of this host end; those that do not are killed after LINGER_S.
+def _end_host(how: int) -> None:
+    """Has the other ranks of this host end, by END or HALT; those that do not are killed after LINGER_S.
 
     A process of its own sees to that, and keeps the connection to the launcher open until they are gone: a launcher
     that finds it closed (MPICH's does) kills them in the middle, and reports that.
@@ -167,7 +200,7 @@ def _end_host() -> None:
     launcher, others = os.getppid(), _siblings()
     for pid in others:
         with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, END)
+            os.kill(pid, how)
     if not others or os.fork() > 0:
         return
     os.setsid()

@@ -29,6 +29,7 @@ def work():
     {act}
     return 0
 
+guard.STANDS_S = 2
 guard.run(work)
 """
 
@@ -202,6 +203,60 @@ def test_a_paused_guard_pauses_the_work_and_both_go_on() -> None:
         assert reaches(work, "T") and reaches(guard.pid, "T")
         guard.send_signal(signal.SIGCONT)
         assert reaches(work, "S", "R") and reaches(guard.pid, "S", "R")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_work_that_stands_still_is_killed_in_time_unless_it_goes_on() -> None:
+    begin = time.monotonic()
+    with started("time.sleep(20)") as (guard, work):
+        os.kill(work, signal.SIGSTOP)
+        _, said = guard.communicate(timeout=10)
+        assert guard.returncode == 4 and "did not go on for 2 s" in said
+        assert 1.5 < time.monotonic() - begin < 6
+    with started("time.sleep(4); sys.exit(3)") as (guard, work):
+        for _ in range(2):
+            os.kill(work, signal.SIGSTOP)
+            time.sleep(1.2)
+            os.kill(work, signal.SIGCONT)
+            time.sleep(0.1)
+        assert guard.wait(timeout=10) == 3
+
+
+def test_a_guard_that_was_paused_with_its_work_counts_nothing() -> None:
+    with started("time.sleep(3); sys.exit(3)") as (guard, work):
+        for pid in (work, guard.pid):
+            os.kill(pid, signal.SIGSTOP)
+        time.sleep(3.5)
+        for pid in (guard.pid, work):
+            os.kill(pid, signal.SIGCONT)
+        assert guard.wait(timeout=10) == 3
+
+
+def test_a_request_to_stop_changes_nothing_once_the_work_is_done() -> None:
+    """Python gives signals their default handlers back as it ends, which would end the work as if it were stopped."""
+    slow = "import atexit; atexit.register(lambda: (print('ends', flush=True), time.sleep(1)))"
+    with started("pass", f"{slow}; signal.signal(signal.SIGTERM, signal.SIG_DFL)") as (guard, _):
+        assert guard.stdout is not None
+        assert guard.stdout.readline() == "ends\n"
+        guard.terminate()
+        assert guard.wait(timeout=10) == 0
+
+
+@pytest.mark.skipif(MPIRUN is None, reason="no mpirun here")
+def test_one_rank_that_is_stopped_before_it_listens_stops_all_with_75() -> None:
+    """mpirun's own code is the codes of all ranks, or-ed: 4 of any would make it 79."""
+    act = """
+    from mpi4py import MPI
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    MPI.COMM_WORLD.barrier()
+    if MPI.COMM_WORLD.rank == 1:
+        os.kill(os.getppid(), signal.SIGTERM)
+    time.sleep(20)
+"""
+    assert MPIRUN is not None
+    command = [MPIRUN, "-n", "3", *program(act.strip())]
+    result = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, timeout=60)
+    assert result.returncode == 75, result.stderr
 
 
 @pytest.mark.skipif(MPIRUN is None, reason="no mpirun here")
