@@ -12,12 +12,13 @@ import stat
 import zlib
 from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, get_origin
 
 from .record import Row, VideoRecord
 from .store import Index, read_video
+from .summary import Summary, read_summary
 
 NAME = "catalog.jsonl"
 LINE_BYTES = 1 << 24  # what a prompt and a negative prompt of the largest size take, escaped
@@ -25,7 +26,8 @@ LINE_BYTES = 1 << 24  # what a prompt and a negative prompt of the largest size 
 
 @dataclass(frozen=True)
 class Entry:
-    """What is known about a finished video. size, mtime_ns: of its file; seconds: that it took."""
+    """What is known about a finished video. size, mtime_ns: of its file; seconds: that it took; summary: what a report
+    shows of it, empty where that was not noted."""
 
     id: str
     size: int
@@ -36,6 +38,7 @@ class Entry:
     sampling: dict[str, Any]
     model: dict[str, Any]
     seconds: float
+    summary: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def of(cls, path: Path, file: os.stat_result, record: VideoRecord, seconds: float) -> "Entry":
@@ -48,16 +51,17 @@ class Entry:
         return {"prompt": self.prompt, "negative_prompt": self.negative_prompt, "sampling": self.sampling}
 
 
-_KINDS: dict[str, Any] = {field.name: get_origin(field.type) or field.type for field in fields(Entry)}
+_KINDS: dict[str, Any] = {each.name: get_origin(each.type) or each.type for each in fields(Entry)}
 
 
-def note(path: Path, record: VideoRecord, seconds: float) -> None:
+def note(path: Path, record: VideoRecord, seconds: float, summary: Summary | None = None) -> None:
     """Appends the line of a video that was just written to `path` = `<output_dir>/videos/<id>.h5`.
 
     What goes wrong is passed over: the video is there, and the next start finds what it holds.
     """
     with suppress(OSError):
-        _append(path.parents[1], Entry.of(path, path.stat(), record, seconds))
+        entry = Entry.of(path, path.stat(), record, seconds)
+        _append(path.parents[1], replace(entry, summary=summary.to_dict()) if summary else entry)
 
 
 class Catalog:
@@ -102,6 +106,17 @@ class Catalog:
         with suppress(OSError):
             _append(self._folder, entry)
         return entry
+
+    def summary(self, id: str) -> Summary:
+        """What a report shows of the video `id`; opens it where that was not noted. Raises as `entry` does."""
+        entry = self.entry(id)
+        with suppress(TypeError, LookupError):
+            return Summary.from_dict(entry.summary)
+        summary = read_summary(self._folder / "videos" / f"{id}.h5")
+        self._entries[id] = entry = replace(entry, summary=summary.to_dict())
+        with suppress(OSError):
+            _append(self._folder, entry)
+        return Summary.from_dict(entry.summary)  # as the next one will read it
 
 
 def rebuild(output_dir: Path, jobs: Iterable[Row] = (), shared: bool = False) -> Index:
@@ -165,7 +180,7 @@ def _parse(line: bytes) -> Entry | None:
     if head != b'["%08x", ' % zlib.crc32(content):
         return None
     try:
-        values = json.loads(content)
+        values = {"summary": {}, **json.loads(content)}  # lines of earlier versions have none
         return Entry(**values) if all(isinstance(values[key], kind) for key, kind in _KINDS.items()) else None
     except (ValueError, TypeError, LookupError, RecursionError):
         return None

@@ -9,9 +9,9 @@ import json
 import os
 import platform
 import time
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -75,7 +75,31 @@ def read_record(path: Path) -> VideoRecord:
 
 
 def read_video(path: Path) -> tuple[VideoRecord, float]:
-    """The record of a video, and the seconds that its trace covers, 0 where it has none. Raises as read_record does.
+    """The record of a video, and the seconds that its trace covers, 0 where it has none. Raises as read_record does."""
+    with _opened(path) as file:
+        return _read_record(file), _seconds(file)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a report needs of a video. middle: of its `count` frames, uint8 [H, W, 3]; events: EVENT [n]."""
+
+    record: VideoRecord
+    count: int
+    middle: np.ndarray
+    events: np.ndarray
+
+
+def read_parts(path: Path) -> Parts:
+    """Record, one frame and the trace of a video. Raises as read_record does."""
+    with _opened(path) as file:
+        record, count = _read_record(file), len(file["frames"])
+        return Parts(record, count, file["frames"][count // 2], file["trace/events"][:])
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[h5py.File]:
+    """A video of ours; what its damage makes the body raise becomes ValueError.
 
     HDF5 reads through Python's file and so takes no lock: a file never changes once it has its name, and where there
     are no locks (some network file systems) HDF5 would refuse to open it, whatever h5py's `locking` says, if
@@ -88,9 +112,23 @@ def read_video(path: Path) -> tuple[VideoRecord, float]:
             with h5py.File(plain, "r") as file:
                 if (schema := _attribute(file, "schema", str)) != SCHEMA:
                     raise ValueError(f"its schema is {schema!r}, not {SCHEMA!r}")
-                return _read_record(file), _seconds(file)
+                yield file
         except _DAMAGE as error:
             raise ValueError(f"{path}: not a whole hpcdit video: {error}") from error
+
+
+def read_jobs(output_dir: Path) -> tuple[Row, ...]:
+    """The jobs as `job.h5` has them, in their order; none where it is missing or damaged."""
+    try:
+        with open(output_dir / "job.h5", "rb") as plain, h5py.File(plain, "r") as file:
+            return tuple(_row(row) for row in file["jobs"][:])
+    except _DAMAGE:
+        return ()
+
+
+def _row(row: np.void) -> Row:
+    texts = {name: row[name].decode(errors="replace") for name in ("id", "prompt", "status", "reason")}
+    return Row(index=int(row["index"]), seed=int(row["seed"]), seconds=float(row["seconds"]), **texts)
 
 
 def software(mpi: str = "") -> dict[str, str]:

@@ -151,7 +151,13 @@ class Engine:
             return failure.with_traceback(None)  # which would hold on to all that was computed
         events = self.trace.take().tobytes()
         for i, job in enumerate(jobs):
-            self._hand_over(job, {"batch": len(jobs), "first_step": step}, latents[i : i + 1], events, started)
+            self._hand_over(
+                job,
+                {"batch": len(jobs), "first_step": step, "tokens": session.shape.length},
+                latents[i : i + 1],
+                events,
+                started,
+            )
         self._collect()
         return None
 

@@ -33,7 +33,7 @@ from .groups import Groups, Halves
 from .plan import workload
 from .planner import Planner
 from .progress import Report, clock, open_log
-from .provenance import Provenance
+from .provenance import Provenance, priced
 from .queue import Queue, batches
 from .sources import Listed, Shared, Source, told
 from .stages import Finisher
@@ -114,7 +114,8 @@ def _render(
         _log_plan(planner, report)
         _warn_unguided(batch, plan.cfg, adapter, report)
     todo = _source(config, batch, stack) if report else Listed(())  # before the finisher: what it writes stays claimed
-    finisher = _finisher(config, world, device, adapter, Provenance.of(config, cluster, batch, groups), trace, stack)
+    provenance = Provenance.of(config, cluster, batch, groups, priced(planner.costs, work, cluster.nodes))
+    finisher = _finisher(config, world, device, adapter, provenance, trace, stack)
     checkpoints = _checkpoints(config, batch, groups, stack)
     dtype = getattr(torch, config.model.dtype)
     # What belongs to no video is the job's trace.

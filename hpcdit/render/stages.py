@@ -17,6 +17,7 @@ from ..models.base import Adapter
 from ..output import catalog, media
 from ..output.record import VideoRecord
 from ..output.store import write_video
+from ..output.summary import Summary
 from ..output.trace import Trace
 from .manifest import Job
 from .together import release, short_of_memory, told
@@ -137,19 +138,22 @@ class Finisher:
         raise AssertionError
 
     def _write(self, video: Denoised, frames: np.ndarray) -> None:
-        start = self._trace.now()
+        start, every = self._trace.now(), video.events
 
         def events() -> np.ndarray:
+            nonlocal every
             self._trace.record("write", "io", start, self._trace.now(), frames.nbytes)
             every = np.concatenate([video.events, self._trace.take()])
-            return every[np.argsort(every["start"], kind="stable")]
+            every = every[np.argsort(every["start"], kind="stable")]
+            return every
 
         path = self._folder / f"{video.job.id}.h5"
         if self._video == "mp4":  # first: the HDF5 file says that the video is done
             media.write_mp4(path.with_suffix(".mp4"), frames, video.job.sampling.fps)
         record = self._record(video.job, video.plan)
         write_video(path, frames, record, events, self._compression)
-        catalog.note(path, record, time.perf_counter() - video.started)
+        summary = Summary.of(frames[len(frames) // 2], len(frames), every, record.plan)
+        catalog.note(path, record, time.perf_counter() - video.started, summary)
 
     def close(self) -> None:
         self._pool.shutdown()
