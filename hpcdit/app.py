@@ -5,8 +5,10 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .command_line import one_line
 from .config import Config, load
 from .errors import BrokenRun, InputError, Stopped
 from .guard import launched_rank
@@ -22,8 +24,12 @@ OK = 0
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the program; returns its exit code (see the README)."""
     argv = sys.argv[1:] if argv is None else argv
-    if "mode=plan" in argv:  # needs no MPI, so that clusters can be planned on any laptop
-        return _say(lambda: plan(argv), first=launched_rank() == 0)
+    alone = {
+        "mode=plan": plan,
+        "mode=report": report,
+    }  # need no MPI: clusters are planned, jobs looked at on any laptop
+    if mode := next((words for words in alone if words in argv), None):
+        return _say(lambda: alone[mode](argv), first=launched_rank() == 0)
     try:
         from .cluster import World, finalize
 
@@ -81,13 +87,31 @@ def plan(argv: Sequence[str]) -> int:
     return OK
 
 
+def report(argv: Sequence[str]) -> int:
+    """`mode=report`: writes the page about what is in the output folder, and says where it is."""
+    from .output.report.contents import check
+    from .output.report.page import write
+
+    config = load(argv)
+    if config is None:
+        return OK
+    folder = Path(config.output.dir)
+    try:
+        check(folder)
+        if launched_rank() == 0:
+            say(f"hpcdit: {write(folder)}", sys.stdout)
+    except (OSError, ValueError) as error:
+        raise InputError(f"output.dir={config.output.dir}: no report: {one_line(str(error))}") from None
+    return OK
+
+
 def _run(world: "World", argv: Sequence[str], stop: StopRequest) -> int:
     values = world.agree(lambda: (config := load(argv)) and config.to_dict(), "the configuration")
     if values is None:
         return OK
     config = Config.from_dict(values)
-    if config.mode == "plan":
-        return world.agree(lambda: plan(argv), "the plan")
+    if config.mode in ("plan", "report"):
+        return world.agree(lambda: (plan if config.mode == "plan" else report)(argv), f"the {config.mode}")
     world.keep_watch(config.transport.timeout_s)
     from .cluster import Cluster
     from .render.batch import Batch, prepare

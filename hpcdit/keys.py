@@ -128,7 +128,7 @@ MEASURED = "measured"
 ONLY_ONE = "other values are not supported yet"
 
 RULES: Mapping[str, Rule] = {
-    "mode": _choice("render", "plan"),
+    "mode": _choice("render", "plan", "report"),
     "prompts": _path("a .txt or .jsonl file", null="the demo's captions"),
     "resume": _flag(),
     "grace_s": _number(),

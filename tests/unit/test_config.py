@@ -210,7 +210,7 @@ REFUSED: dict[str, tuple[Any, ...]] = {  # arguments, and what the line must hol
     "unknown video": (["output.video=gif"], "none or mp4"),
     "trace too deep": (["trace.level=3"], "trace.level=3: must be an integer, 0 to 2"),
     "maybe": (["resume=maybe"], "resume='maybe': must be true or false"),
-    "unknown mode": (["mode=train"], "mode='train': must be render or plan"),
+    "unknown mode": (["mode=train"], "mode='train': must be render, plan or report"),
     "empty path": (["prompts="], "prompts=''", ".jsonl"),
     "empty folder": (["output.dir="], "output.dir=''"),
     "control characters": (["prompts=a\nb\x1b[31m"], "prompts='a\\nb\\x1b[31m'"),
