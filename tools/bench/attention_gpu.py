@@ -42,7 +42,6 @@ DTYPE = torch.bfloat16
 TIMED, CHECKED = 0, 1  # seeds of what is timed, and of what is computed once, at the end, and compared
 ROWS = 64  # of each rank's tokens, compared with float64
 Closing = list[Attention | Exchange]
-CALLS = 10  # layers in a row, of one method, before it is the next one's turn, or two graphs
 
 
 @dataclass
@@ -71,7 +70,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--dim", type=int, default=128)
     parser.add_argument("--layouts", help='"usp 1x2; torus 2x1 g2": ulysses x ring, groups, pieces; default: five')
     parser.add_argument("--ranks-per-node", type=int, default=1, help="GPUs that stand for a node; 0: real nodes")
-    parser.add_argument("--repeat", type=int, default=5, help=f"turns of {CALLS} layers of each method")
+    parser.add_argument("--repeat", type=int, default=5, help="turns of each method")
     parser.add_argument("--without", default="", help="methods to leave out, by parts of their names: 'ring,cuDNN'")
     return parser
 
@@ -203,15 +202,20 @@ def hpcdit(
     return ways
 
 
-def measure(ways: Sequence[Way], world: World, repeat: int) -> None:
-    """Methods take turns, so that a GPU that grows warm is no one method's bad luck."""
+def measure(ways: Sequence[Way], world: World, repeat: int, layers: int) -> None:
+    """Methods take turns, so that a GPU that grows warm is no one method's bad luck.
+
+    layers: that are timed in each turn, after as many that are not.
+    """
     every = [each for way in ways for each in (way, way.made) if each is not None]
     for turn in range(repeat + 1):
         for way in every:
             world.barrier(gpu.WHAT)
-            found = gpu.seconds(way.call, max(CALLS // way.layers, 2))
+            # As many layers for each: what a GPU's power lets it do changes within milliseconds.
+            half = layers // way.layers
+            found = gpu.seconds(way.call, 2 * half)
             if turn:  # the first is for warming
-                way.times += [time / way.layers for time in found[1:]]  # and the first call for meeting the others
+                way.times += [time / way.layers for time in found[half:]]
 
 
 def report(layer: Layer, ways: Sequence[Way], picked: str) -> str:
@@ -276,7 +280,7 @@ def body(args: argparse.Namespace, world: World) -> None:
             picked = f"; auto: {auto}, {seconds * 1e3:.3f} ms by the model"
             ways += hpcdit(layer, transport, making, list(dict.fromkeys([*wanted, auto])), made)
         ways = [way for way in ways if not way.whole or not any(word in way.name for word in left_out)]
-        measure(ways, world, args.repeat)
+        measure(ways, world, args.repeat, own.layers_of(length))
         gpu.say(world, report(layer, ways, picked))
         torch.cuda.synchronize()
         del layer, ways  # graphs go before the memory that they use

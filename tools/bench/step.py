@@ -208,15 +208,23 @@ class Step:
         if ranks > 1:
             spread = f"diffusers, Ulysses {ranks} over NCCL"
             found += [plain(spread, True, False), plain(f"{spread}, blocks compiled", True, True)]
-        found.append(("hpcdit", self._ours))
+        if ranks > 1:
+            found.append(self._ours("hpcdit, each GPU a video", replicas=ranks, cfg=1))
+        found.append(self._ours("hpcdit", replicas=1, cfg=None))
+        if ranks > 1 and self.args.guided:
+            found.append(self._ours("hpcdit, both passes together", replicas=1, cfg=1))
         words = [word.strip() for word in self.args.only.split(",") if word.strip()]
         # The first is what the others are compared with.
         return [each for i, each in enumerate(found) if not words or i == 0 or any(word in each[0] for word in words)]
 
-    def _ours(self, model: Any) -> Prepared:
-        if self.ours is None:
-            self.ours = Ours(self.args, self.world, self.tokens)
-        return self.ours.prepare(model)
+    def _ours(self, name: str, replicas: int, cfg: int | None) -> tuple[str, Prepare]:
+        def prepare(model: Any) -> Prepared:
+            if self.ours is None:
+                self.ours = Ours(self.args, self.world, self.tokens, self.noise, self.texts[-1])
+            plan, forward, close = self.ours.prepare(model, replicas, cfg)
+            return f"{name}: {plan}", forward, close
+
+        return name, prepare
 
     def describe(self) -> str:
         args = self.args
