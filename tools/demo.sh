@@ -15,7 +15,7 @@ out=$root/outputs/demo
 for argument in "$@"; do
     case $argument in
         output.dir=*) out=${argument#*=} ;;
-        -* | mode=plan) out= ;; # only prints something
+        -* | mode=plan | mode=report) out= ;; # only prints something
     esac
 done
 
@@ -24,6 +24,7 @@ done
     cluster.ranks_per_node=2 "$@"
 
 [ -n "$out" ] || exit 0
+"$python" -m hpcdit mode=report output.dir="$out" >/dev/null
 cat <<TEXT
 
 The videos are in $out/videos:
@@ -31,4 +32,7 @@ $(cd "$out/videos" && printf '  %s\n' *)
 Look at them with any player or browser, for example:  xdg-open '$out/videos'
 From another machine:  scp -r $HOSTNAME:'$out/videos' .
 Each .h5 file holds the frames, prompt, seed, settings and timings of one video, for h5py or h5dump.
+
+See what you got and where the time went, in any browser:
+  $out/report.html
 TEXT

@@ -27,9 +27,10 @@ class Summary:
     @classmethod
     def of(cls, middle: np.ndarray, count: int, events: np.ndarray, plan: Mapping[str, Any]) -> "Summary":
         """middle: a frame, uint8 [H, W, 3], of `count`; events: EVENT [n]; plan: as it is stored with the video."""
-        costs = (plan.get("priced") or {}).get("costs")
+        priced = plan.get("priced")
+        rates = Rates.of(priced.get("costs")) if isinstance(priced, dict) else None
         height, width, _ = middle.shape
-        return cls(picture(middle), (count, height, width), measure(events, Rates.of(costs) if costs else None))
+        return cls(picture(middle), (count, height, width), measure(events, rates))
 
     def to_dict(self) -> dict[str, Any]:
         """Of JSON's types."""

@@ -20,9 +20,12 @@ class Rates:
     intra: tuple[float, float]
 
     @classmethod
-    def of(cls, costs: dict[str, Any]) -> "Rates":
-        """costs: the keys of cluster.costs."""
-        return cls(*((costs[f"{link}_latency_us"] / 1e6, costs[f"{link}_gb_s"] * 1e9) for link in LINKS))
+    def of(cls, costs: Any) -> "Rates | None":
+        """costs: the keys of cluster.costs; None where they are not there."""
+        try:
+            return cls(*((costs[f"{link}_latency_us"] / 1e6, costs[f"{link}_gb_s"] * 1e9) for link in LINKS))
+        except (LookupError, TypeError):
+            return None
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ const block = (id) => document.getElementById(id)?.textContent ?? null;
 const style = (name) => getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim();
 const duration = (s) => {
   if (s === null || s === undefined) return "-";
+  if (s === 0) return "0 s";
   if (s < 1e-3) return `${(s * 1e6).toPrecision(3)} µs`;
   if (s < 1) return `${(s * 1e3).toPrecision(3)} ms`;
   if (s < 120) return `${s.toPrecision(3)} s`;

@@ -50,7 +50,7 @@ function shares(place, times) {
   }
   const label = PARTS.map(([key, , words]) => `${words} ${percent(times[key], times.whole)}`).join(", ");
   place.append(
-    el("div", { class: "bar", role: "img", "aria-label": label }, ...PARTS.map(([key, colour]) => el("span", { style: `flex:${times[key] / times.whole};background:var(--${colour})` }))),
+    el("div", { class: "bar", role: "img", "aria-label": label }, ...PARTS.filter(([key]) => times[key] > 0).map(([key, colour]) => el("span", { style: `flex:${times[key] / times.whole};background:var(--${colour})` }))),
     el("ul", { class: "legend" }, ...PARTS.map(([key, colour, words]) =>
       el("li", {}, el("i", { style: `background:var(--${colour})` }), `${words}: ${percent(times[key], times.whole)}`))),
     el("p", { class: "note" }, `${duration(times.whole)} of all ranks together while they denoise.`));
@@ -68,7 +68,8 @@ function taxes() {
     if (seconds === undefined) continue;
     const gain = advice?.override ? `${duration(advice.before_s)} → ${duration(advice.after_s)}` : "-";
     $("tax-rows").append(el("tr", { "data-tax": key }, el("th", { scope: "row" }, words), el("td", { class: "number" }, duration(seconds)), el("td", { class: "number" }, percent(seconds, t.whole)),
-      el("td", {}, !seconds ? "-" : advice?.override ? el("code", {}, advice.override) : "none known", seconds && advice?.why ? el("small", {}, advice.why) : ""),
+      el("td", {}, !seconds ? "-" : advice?.override ? el("code", {}, advice.override) 
+        : advice ? "none known" : "not priced: rendered by another version", seconds && advice?.why ? el("small", {}, advice.why) : ""),
       el("td", {}, seconds ? gain : "-")));
   }
 }
