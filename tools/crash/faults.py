@@ -93,8 +93,8 @@ def stop_rank(scene: Scene) -> Expected:
 def ask_to_stop(scene: Scene) -> Expected:
     guard, work = scene.program.rank(scene.rank)
     send(guard or scene.program.process.pid, signal.SIGTERM)
-    # 0: each group was at its last videos.
-    return Expected((0, 75), "stopped on request") if work else Expected()
+    # 0: each group was at its last videos. Before the ranks listen, they end without a word.
+    return Expected((0, 75), "stopped on request" if log(scene.out) else "") if work else Expected()
 
 
 def fill_disk(scene: Scene) -> Expected:
