@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, get_origin
 
+from .claims import failures
 from .record import Row, VideoRecord
 from .store import Index, read_video
 from .summary import Summary, read_summary
@@ -134,10 +135,14 @@ def rebuild(output_dir: Path, jobs: Iterable[Row] = (), shared: bool = False) ->
     if not shared:
         return Index(output_dir, rows)
     missing = {row.id: row for row in rows if row.id not in catalog.files}
+    failed: set[str] = set()
 
     def look() -> list[Row]:
         catalog.refresh()
-        return [_judge(catalog, missing.pop(id)) for id in list(missing) if id in catalog.files]
+        there = [_judge(catalog, missing.pop(id)) for id in list(missing) if id in catalog.files]
+        new = {id: why for id, why in failures(output_dir).items() if id in missing and id not in failed}
+        failed.update(new)
+        return there + [replace(missing[id], status="failed", reason=why) for id, why in new.items()]
 
     return Index(output_dir, rows, look=look)
 

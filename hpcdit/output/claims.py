@@ -5,6 +5,9 @@ are not needed. A run renews its claims by setting their time for as long as it 
 `stale_s` is void. It is taken over by making `<id>.<n+1>`, which only one run can, never by removing or replacing it:
 a run that was slow to look would remove what another has just made. Times are all the file system's own, so that the
 clocks of hosts need not agree.
+
+A video that fails is marked by the file `<id>.failed`, with the reason, and no other run tries it, for as long as runs
+that share the folder go on.
 """
 
 import json
@@ -14,7 +17,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-FOLDER = "claims"
+FOLDER, FAILED = "claims", "failed"
 RENEW_S = 10.0  # between renewals at most; a tenth of stale_s where that is less
 
 
@@ -31,14 +34,15 @@ class Claims:
         self._clock = self._folder / f".{name}"  # a file whose time is set, to see what the file system's clock says
         self._held: dict[str, Path] = {}
         self._now()
+        self._forget_failures()
         self._closed = threading.Event()
         self.pause_s = min(RENEW_S, stale_s / 10) / 4  # before it makes sense to look again at others' claims
         self._renewing = threading.Thread(target=self._renew, name="hpcdit-claims", daemon=True)
         self._renewing.start()
 
     def take(self, id: str) -> bool:
-        """Whether the video is this run's to render now: nobody else's, and not there yet. Raises OSError."""
-        if self.there(id):
+        """Whether the video is this run's to render now: nobody else's, not there yet, not failed. Raises OSError."""
+        if self.there(id) or self.failed(id):
             return False
         found = self._claims(id)
         if any(self._alive(path) for path in found.values()):
@@ -51,7 +55,7 @@ class Claims:
             return False
         # Another run may have looked at a time when others held it, and have made a claim of a lower or higher number.
         rivals = [path for n, path in self._claims(id).items() if n != number]
-        if any(self._alive(path) for path in rivals) or self.there(id):
+        if any(self._alive(path) for path in rivals) or self.there(id) or self.failed(id):
             mine.unlink(missing_ok=True)
             return False
         self._held[id] = mine
@@ -63,14 +67,24 @@ class Claims:
         """Whether the video is finished, by whomever."""
         return os.path.lexists(self._videos / f"{id}.h5")
 
+    def failed(self, id: str) -> bool:
+        """Whether a run that shares the folder has failed at the video."""
+        return os.path.lexists(self._folder / f"{id}.{FAILED}")
+
     def sign(self, id: str) -> tuple[str, int] | None:
         """The newest claim on a video and its time, which a living holder moves on; None where there is none."""
         found = self._claims(id)
         time_ns = self._time_ns(found[max(found)]) if found else None
         return None if time_ns is None else (found[max(found)].name, time_ns)
 
+    def fail(self, id: str, reason: str) -> None:
+        """Gives up a claim on a video that cannot be made, and leaves that to be seen by all."""
+        with suppress(OSError):  # then another run tries it as well
+            self._make(self._folder / f"{id}.{FAILED}", reason.encode(errors="replace"))
+        self.release(id)
+
     def release(self, id: str) -> None:
-        """Gives up a claim, because the video is there or cannot be made."""
+        """Gives up a claim, because the video is there, or is left to others."""
         if path := self._held.pop(id, None):
             with suppress(OSError):  # it is void in a while
                 path.unlink(missing_ok=True)
@@ -85,8 +99,16 @@ class Claims:
             for path in self._folder.iterdir():
                 if self.there(path.name.rpartition(".")[0]) or (path.name[0] == "." and not self._alive(path)):
                     path.unlink(missing_ok=True)
+            self._forget_failures()
             self._clock.unlink(missing_ok=True)
             self._folder.rmdir()  # if this was the last run
+
+    def _forget_failures(self) -> None:
+        """For whoever comes later to try again; not while others are here."""
+        runs = [path for path in self._folder.glob(".*") if path != self._clock]
+        if not any(self._alive(path) for path in runs):
+            for path in self._folder.glob(f"*.{FAILED}"):
+                path.unlink(missing_ok=True)
 
     def _renew(self) -> None:
         while not self._closed.wait(4 * self.pause_s):
@@ -94,11 +116,11 @@ class Claims:
                 with suppress(OSError):  # taken over, while this run did not run; or a file system in trouble
                     os.utime(path)
 
-    def _make(self, path: Path) -> None:
+    def _make(self, path: Path, about: bytes = b"") -> None:
         self._folder.mkdir(exist_ok=True)  # the last run to end removes it
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         try:
-            os.write(descriptor, self._about)
+            os.write(descriptor, about or self._about)
         finally:
             os.close(descriptor)
 
@@ -133,6 +155,15 @@ class Claims:
             return os.fstat(descriptor).st_mtime_ns
         finally:
             os.close(descriptor)
+
+
+def failures(output_dir: Path) -> dict[str, str]:
+    """Why videos have failed in runs that share the folder, by id."""
+    found = {}
+    for path in (Path(output_dir) / FOLDER).glob(f"*.{FAILED}"):
+        with suppress(OSError):
+            found[path.name.removesuffix(f".{FAILED}")] = path.read_text(errors="replace")
+    return found
 
 
 def run_name() -> str:

@@ -175,7 +175,7 @@ class Index:
         """
         start, changed = time.monotonic(), self._look()
         while True:
-            self._rows |= {row.id: row for row in changed}
+            self._rows |= {row.id: row for row in changed if row.status != self._rows[row.id].status}
             self._write(events)
             if not (changed := self._look()):
                 break

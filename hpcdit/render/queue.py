@@ -75,10 +75,12 @@ class Queue:
                 self._cut = self._cut or note["cut"]
                 self._working -= 1
             case "note":
-                self._notes.append(note["note"])
-                self._failed += note["note"].get("status") == "failed"
-                if note["note"].get("what") == "ended":
-                    self._left.ended(note["note"]["id"])
+                said = note["note"]
+                self._notes.append(said)
+                failed = said.get("status") == "failed"
+                self._failed += failed
+                if said.get("what") == "ended":
+                    self._left.ended(said["id"], said["reason"] if failed else "")
         return None
 
     @property

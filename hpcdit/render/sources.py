@@ -20,8 +20,8 @@ class Source(Protocol):
     def take(self) -> list[int] | None:
         """The next batch; empty if nothing is left; None: ask again in a moment."""
 
-    def ended(self, id: str) -> None:
-        """A video that `take` gave is there, or has failed."""
+    def ended(self, id: str, failed: str) -> None:
+        """A video that `take` gave is there, or has failed: the reason."""
 
 
 class Listed:
@@ -36,7 +36,7 @@ class Listed:
     def take(self) -> list[int]:
         return list(self._left.popleft()) if self._left else []
 
-    def ended(self, id: str) -> None:
+    def ended(self, id: str, failed: str) -> None:
         pass
 
 
@@ -75,8 +75,11 @@ class Shared:
         self._over = batch == []
         return batch
 
-    def ended(self, id: str) -> None:
-        self._pool.submit(self._claims.release, id)
+    def ended(self, id: str, failed: str) -> None:
+        if failed:
+            self._pool.submit(self._claims.fail, id, failed)
+        else:
+            self._pool.submit(self._claims.release, id)
 
     def close(self) -> None:
         """Gives up what is claimed."""
@@ -88,13 +91,14 @@ class Shared:
             while self._left:
                 batch = self._left.popleft()
                 mine = [position for position in batch if self._claims.take(self._ids[position])]
-                self._theirs.update((p, None) for p in batch if p not in mine and not self._there(p))
+                self._theirs.update((p, None) for p in batch if p not in mine and not self._ended(p))
                 if mine:
                     return mine
             return self._inherit()
 
-    def _there(self, position: int) -> bool:
-        return self._claims.there(self._ids[position])
+    def _ended(self, position: int) -> bool:
+        """Whether the video is there, or has failed, in whichever run."""
+        return self._claims.there(self._ids[position]) or self._claims.failed(self._ids[position])
 
     def _inherit(self) -> list[int] | None:
         """A video whose holder is gone; None while that is not known of all."""
@@ -104,7 +108,7 @@ class Shared:
                 del self._theirs[position]
                 return [position]
             sign = self._claims.sign(id)
-            if self._there(position) or (first and sign and sign != first):  # done, or the holder lives
+            if self._ended(position) or (first and sign and sign != first):  # or its holder lives
                 del self._theirs[position]
             else:
                 self._theirs[position] = first or sign

@@ -210,3 +210,20 @@ def test_of_runs_that_share_a_folder_the_one_that_writes_last_has_all_videos(
     with h5py.File(tmp_path / "job.h5") as file:
         assert [row["status"] for row in file["jobs"]] == [b"done", b"done", b"failed", b"done"]
         assert list(file["videos"]) == ["a", "b", "d"]
+
+
+def test_the_index_of_a_shared_folder_says_what_failed_in_other_runs_and_why(tmp_path: Path) -> None:
+    rows = [store.Row(i, id, "", i) for i, id in enumerate("abc")]
+    (tmp_path / "claims").mkdir()
+    index = catalog.rebuild(tmp_path, rows, shared=True)
+    index.update("a", "failed", 7.0, "mine")
+    for id, why in {"a": "mine", "b": "no picture"}.items():
+        (tmp_path / "claims" / f"{id}.failed").write_text(why)
+    index.write()
+    index.write()
+    found = [(row.status, row.seconds, row.reason) for row in index.rows]
+    assert found == [("failed", 7.0, "mine"), ("failed", 0.0, "no picture"), ("pending", 0.0, "")]
+    (tmp_path / "videos").mkdir(exist_ok=True)
+    written(tmp_path, "b")
+    index.write()
+    assert [row.status for row in index.rows] == ["failed", "done", "pending"]

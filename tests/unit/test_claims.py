@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from hpcdit.output.claims import FOLDER, Claims, run_name
+from hpcdit.output.claims import FOLDER, Claims, failures, run_name
 from hpcdit.render.sources import Shared
 from tests.unit.test_store import ROOT
 
@@ -175,6 +175,29 @@ def test_of_a_batch_what_others_have_is_left_out(tmp_path: Path) -> None:
     other.close()
 
 
+def test_a_video_that_fails_in_one_run_is_tried_by_no_other_but_by_one_that_comes_later(tmp_path: Path) -> None:
+    one, two = claims(tmp_path, "one"), claims(tmp_path, "two")
+    assert one.take("a")
+    source = Shared([[0], [1]], ["a", "b"], two)
+    threading.Timer(0.3, one.fail, ("a", "no picture")).start()
+    assert drain(source) == [1], "the end is not waited for in vain"
+    source.ended("b", "not numbers")
+    source.close()
+    assert failures(tmp_path) == {"a": "no picture", "b": "not numbers"}
+    three = claims(tmp_path, "three")
+    assert not three.take("a") and not three.take("b")
+    three.close()
+    one.close()
+    assert not (tmp_path / FOLDER).exists()
+    four = claims(tmp_path, "four")
+    assert four.take("a")
+    four.fail("a", "again")
+    (tmp_path / FOLDER / ".four").unlink()  # it is killed
+    five = claims(tmp_path, "five")
+    assert five.take("a")
+    five.close()
+
+
 WORKER = """
 import os, sys, time
 from pathlib import Path
@@ -189,7 +212,7 @@ while (batch := source.take()) != []:
             print(name, "begins", ids[i], file=log)
         time.sleep(0.02)
         os.close(os.open(folder / "videos" / f"{ids[i]}.h5", os.O_CREAT | os.O_EXCL))
-        source.ended(ids[i])
+        source.ended(ids[i], "")
     time.sleep(0.001)
 source.close()
 """
