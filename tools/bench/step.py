@@ -25,6 +25,7 @@ from step_ours import Ours
 from torch import Tensor
 
 from hpcdit.cluster import World
+from hpcdit.device import bind
 from hpcdit.errors import InputError
 
 Forward = Callable[..., Any]
@@ -84,6 +85,36 @@ def arguments() -> argparse.ArgumentParser:
     return parser
 
 
+def transformer(model: Model, layers: int, device: torch.device, all_bf16: bool = False) -> Any:
+    """So many layers of a model, made on the device: the same weights on every rank and in every variant."""
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with device:
+            made: Any = WanTransformer3DModel(
+                num_attention_heads=model.heads,
+                attention_head_dim=128,
+                in_channels=CHANNELS,
+                out_channels=CHANNELS,
+                text_dim=TEXT_DIM,
+                freq_dim=256,
+                ffn_dim=model.ffn_dim,
+                num_layers=layers,
+            )
+    finally:
+        torch.set_default_dtype(torch.float32)
+    made.requires_grad_(False).eval()
+    for block in made.blocks:
+        block.attn1.norm_q.weight.fill_(SHARPNESS)
+    if all_bf16:
+        made.rope.to(torch.bfloat16)
+    else:  # as from_pretrained has it
+        for name, parameter in made.named_parameters():
+            if set(name.split(".")) & set(made._keep_in_fp32_modules):
+                parameter.data = parameter.data.float()
+    return made
+
+
 class Step:
     """The step of one command line on this rank's GPU."""
 
@@ -113,32 +144,7 @@ class Step:
         self.ours: Ours | None = None
 
     def build(self, layers: int) -> Any:
-        """A transformer, made on the GPU: the same weights on every rank and in every variant."""
-        torch.manual_seed(0)
-        torch.set_default_dtype(torch.bfloat16)
-        try:
-            with self.device:
-                model: Any = WanTransformer3DModel(
-                    num_attention_heads=self.model.heads,
-                    attention_head_dim=128,
-                    in_channels=CHANNELS,
-                    out_channels=CHANNELS,
-                    text_dim=TEXT_DIM,
-                    freq_dim=256,
-                    ffn_dim=self.model.ffn_dim,
-                    num_layers=layers,
-                )
-        finally:
-            torch.set_default_dtype(torch.float32)
-        model.requires_grad_(False).eval()
-        for block in model.blocks:
-            block.attn1.norm_q.weight.fill_(SHARPNESS)
-        if self.args.all_bf16:
-            model.rope.to(torch.bfloat16)
-        else:  # as from_pretrained has it
-            for name, parameter in model.named_parameters():
-                if set(name.split(".")) & set(model._keep_in_fp32_modules):
-                    parameter.data = parameter.data.float()
+        model = transformer(self.model, layers, self.device, self.args.all_bf16)
         model.set_attention_backend(self.args.backend)
         return model
 
@@ -220,9 +226,10 @@ class Step:
     def _ours(self, name: str, replicas: int, cfg: int | None) -> tuple[str, Prepare]:
         def prepare(model: Any) -> Prepared:
             if self.ours is None:
-                self.ours = Ours(self.args, self.world, self.tokens, self.noise, self.texts[-1])
-            plan, forward, close = self.ours.prepare(model, replicas, cfg)
-            return f"{name}: {plan}", forward, close
+                self.ours = Ours(self.world, bind("cuda", self.world))
+            negative = self.texts[1] if self.args.guided else None
+            made = self.ours.prepare(model, self.tokens, self.noise, negative, replicas, cfg, self.model.layers)
+            return f"{name}: {made.plan}, {made.planned_bytes / 2**30:.1f} GiB planned", model, made.close
 
         return name, prepare
 
