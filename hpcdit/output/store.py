@@ -24,14 +24,21 @@ from .record import Row, VideoRecord, storable, to_json
 from .trace import EVENT
 
 SCHEMA = "hpcdit/1"
-# Measured on three clips of the demo model, MB/s and size of what is stored: gzip 1: 100 to 190, .21 to .31;
-# 4: 90 to 140, .19 to .27; 6: 35 to 80, .19 to .25; 9: 4 to 13, .19 to .25; lzf: 170 to 260, .27 to .40.
-# On 480x832 gradients 1 and 4 are as close (86 and 62, .44 and .41); noise stays at 1.00 with all of them.
+# Measured by tools/bench/compression.py on the four videos of the demo, size and MB/s of CPU time to write and to read:
+# gzip 1 .22, 84, 175; gzip 4 .20, 69, 176; lzf .28, 104, 220; none 1, 190, 443; blosc2-zstd 3 .20, 62, 237; zstd 3 .20,
+# 134, 259. At 416x416 the same order. zstd is quicker than gzip but no smaller, and readers need a plugin: gzip it is.
 # Shuffle sorts the bytes of wide numbers: it did nothing for uint8, and serves the events.
 _COMPRESSION: dict[str, dict[str, Any]] = {
     "gzip": {"compression": "gzip", "compression_opts": 4},
     "lzf": {"compression": "lzf"},
     "none": {},
+}
+# Of a picture, as the HDF5 Image specification 1.2 has it; of a stack of them viewers show one at a time.
+_IMAGE = {
+    "CLASS": "IMAGE",
+    "IMAGE_VERSION": "1.2",
+    "IMAGE_SUBCLASS": "IMAGE_TRUECOLOR",
+    "INTERLACE_MODE": "INTERLACE_PIXEL",
 }
 _TEXTS = ("id", "prompt", "negative_prompt")
 _DICTS = ("sampling", "model", "plan", "config", "software", "cluster")
@@ -222,11 +229,22 @@ def _write_frames(file: h5py.File, frames: np.ndarray, fps: float, compression: 
     for axis, label in enumerate(("frame", "height", "width", "channel")):
         stack.dims[axis].label = label
     stack.dims[0].attach_scale(seconds)
+    _mark(stack, _IMAGE)  # after the scale: HDF5 2.0 refuses one to what has a class already
 
 
 def _write_events(file: h5py.File, events: np.ndarray) -> None:
     packing = {"compression": "gzip", "compression_opts": 4, "shuffle": True} if len(events) else {}
-    file.create_dataset("trace/events", data=events, dtype=h5py.Datatype(_event_type()), **packing)
+    table = file.create_dataset("trace/events", data=events, dtype=h5py.Datatype(_event_type()), **packing)
+    names = {f"FIELD_{i}_NAME": name for i, name in enumerate(EVENT.names or ())}
+    _mark(table, {"CLASS": "TABLE", "VERSION": "3.0", "TITLE": "spans of time", **names})
+
+
+def _mark(data: h5py.Dataset, attributes: dict[str, str]) -> None:
+    """What HDF5's conventions of images and tables have viewers look for: ASCII that ends at a NUL."""
+    for name, value in attributes.items():
+        kind = h5py.h5t.C_S1.copy()
+        kind.set_size(len(value) + 1)
+        data.attrs.create(name, np.bytes_(value), dtype=h5py.Datatype(kind))
 
 
 def _event_type() -> h5py.h5t.TypeID:

@@ -17,6 +17,7 @@ import pytest
 from hpcdit.config import demo_model
 from hpcdit.render.checkpoints import unpack
 from tests.system.program import ENV, Running, alive, finished, prompts, run, statuses
+from tools import validate
 from tools.bench.idle import read as read_idle
 
 TOGETHER = ("parallel.replicas=1", "parallel.cfg=1")  # all ranks at one video: what is left to the planner varies
@@ -71,6 +72,7 @@ def test_a_run_leaves_videos_index_and_log_that_h5py_alone_reads(tmp_path: Path)
     for idle in read_idle(tmp_path / "out").values():
         assert idle.steps == 4 and len(idle.between) == 2, "two videos of two steps"
         assert 0 < idle.attend_s < idle.busy_s < idle.window_s
+    assert validate.main([str(tmp_path / "out")]) == 0
     log = (tmp_path / "out" / "run.log").read_text()
     peak = re.search(r"peak memory: ([\d.]+) GiB on the largest rank, ([\d.]+) GiB planned", log)
     assert peak and 0 < float(peak[2]) <= float(peak[1])

@@ -76,6 +76,17 @@ def test_h5py_alone_reads_everything(video: Path) -> None:
     assert not attributes
 
 
+def test_viewers_find_pictures_and_a_table(video: Path) -> None:
+    with h5py.File(video) as file:
+        picture, table = dict(file["frames"].attrs), dict(file["trace/events"].attrs)
+        assert "time" in file["frames"].dims[0] and file["time"].attrs["CLASS"] == b"DIMENSION_SCALE"
+    assert (picture["CLASS"], picture["IMAGE_SUBCLASS"]) == (b"IMAGE", b"IMAGE_TRUECOLOR")
+    assert picture["INTERLACE_MODE"] == b"INTERLACE_PIXEL"
+    assert table["CLASS"] == b"TABLE" and [table[f"FIELD_{i}_NAME"].decode() for i in range(6)] == list(
+        EVENT.names or ()
+    )
+
+
 @pytest.mark.parametrize(("compression", "name"), [("gzip", "gzip"), ("lzf", "lzf"), ("none", None)])
 def test_each_compression_keeps_the_frames(compression: str, name: str | None, path: Path) -> None:
     store.write_video(path, FRAMES, RECORD, EVENTS, compression)
