@@ -104,6 +104,12 @@ def read_parts(path: Path) -> Parts:
         return Parts(record, count, file["frames"][count // 2], file["trace/events"][:])
 
 
+def read_frames(path: Path) -> tuple[np.ndarray, float]:
+    """The frames of a video, uint8 [F, H, W, 3], and how many a second. Raises as read_record does."""
+    with _opened(path) as file:
+        return file["frames"][:], float(file["frames"].attrs["fps"])
+
+
 @contextmanager
 def _opened(path: Path) -> Iterator[h5py.File]:
     """A video of ours; what its damage makes the body raise becomes ValueError.

@@ -26,6 +26,7 @@ from ..stop import StopRequest
 from ..terminal import say
 from ..transport import Network
 from ..transport.heap import HEAP_BYTES
+from . import films
 from .batch import Batch, output_folder
 from .checkpoints import Checkpoints
 from .engine import Engine
@@ -56,6 +57,8 @@ def render(config: Config, world: World, cluster: Cluster, batch: Batch, stop: S
         try:
             if batch.todo:
                 _render(config, world, cluster, batch, stop, report, stack)
+            if config.output.video == "mp4":
+                _add_films(folder / "videos", world, batch, stop, report)
         except Stopped as error:
             if report:
                 report.log.warning("%s", error)
@@ -138,6 +141,16 @@ def _render(
     _close(halves, groups, network)
     if stopped is not None:
         raise stopped
+
+
+def _add_films(videos: Path, world: World, batch: Batch, stop: StopRequest, report: Report | None) -> None:
+    """The MP4 files of videos that were finished without: each rank makes some. Collective."""
+    mine = [job.id for job in batch.done][world.rank :: world.size]
+    what = "the MP4 files of earlier videos"
+    made = world.together(lambda: stop.leave(lambda: films.make(videos, films.missing(videos, mine))), what)
+    every = world.gather(str(made).encode(), 0, what)
+    if report and (count := sum(map(int, every))):
+        report.log.info("MP4 files made of %d videos that were there", count)
 
 
 def _close(halves: Halves | None, groups: Groups, network: Network) -> None:

@@ -80,8 +80,9 @@ def test_a_run_leaves_videos_index_and_log_that_h5py_alone_reads(tmp_path: Path)
     assert ended.stdout.count("2 videos done") == 1
 
     before = finished(tmp_path / "out")
-    again = run(2, *args, cwd=tmp_path)
+    again = run(2, *args, "output.video=mp4", cwd=tmp_path)
     assert again.returncode == 0 and "2 were there" in again.stdout
+    assert len(list((tmp_path / "out" / "videos").glob("*.mp4"))) == 2, "asked for later"
     assert finished(tmp_path / "out") == before
     half = run(2, *args, "model.dtype=bfloat16", cwd=tmp_path)
     assert half.returncode == 2 and "model.dtype=bfloat16" in half.stderr and "float32" in half.stderr
