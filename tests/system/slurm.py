@@ -123,7 +123,7 @@ class Job:
 
     def until_over(self, task: str = "") -> str:
         """The state that the job ends in, or a task of an array."""
-        self.until(lambda: self.state(task) in OVER)
+        self.until(lambda: self.state(task) in OVER, 300)
         return self.state(task)
 
     def until_log(self, pattern: str) -> None:
@@ -138,13 +138,13 @@ class Job:
 
 
 class LongJob(Job):
-    """A job that has finished one video, and would be at the next for minutes."""
+    """A job that has finished one video, and is at the next for as many steps: for minutes, if nothing else is said."""
 
     SHORT, LONG, INSTEAD = ({"id": name, "prompt": "a red circle moving left on black"} for name in "abc")
 
-    def __init__(self, slurm: Slurm, *args: str, cwd: Path) -> None:
+    def __init__(self, slurm: Slurm, *args: str, cwd: Path, steps: int = 1000) -> None:
         self._prompts = cwd / "p.jsonl"
-        self._write(self.SHORT, {**self.LONG, "steps": 1000, "num_frames": 33})
+        self._write(self.SHORT, {**self.LONG, "steps": steps, "num_frames": 33})
         super().__init__(slurm, "prompts=p.jsonl", "output.dir=out", *args, cwd=cwd)
         self.until_log(r"\bb: starts")
         self.until(lambda: self.finished())
@@ -153,12 +153,16 @@ class LongJob(Job):
     def _write(self, *rows: dict[str, object] | dict[str, str]) -> None:
         self._prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
-    def requeued_then_finishes(self) -> None:
-        """Checks that the job lines up again and does the rest, which is made short meanwhile."""
+    def requeued_then_finishes(self, instead: bool = True) -> None:
+        """Checks that the job lines up again and does the rest; instead: another video than it was at, a short one."""
         self.until(lambda: self.about("Restarts") == "1")
         assert self.finished() == self.before
-        self._write(self.SHORT, self.INSTEAD)
+        if instead:
+            self._write(self.SHORT, self.INSTEAD)
         self.run("scontrol", "update", "TimeLimit=20", "JobId")  # a test may have set it short
         assert self.until_over() == "COMPLETED", self.said
-        assert list(self.finished()) == ["a.h5", "c.h5"] and self.before.items() <= self.finished().items()
+        assert (
+            list(self.finished()) == ["a.h5", "c.h5" if instead else "b.h5"]
+            and self.before.items() <= self.finished().items()
+        )
         assert "1 videos done" in self.said and "1 were there" in self.said

@@ -1,5 +1,6 @@
 """The script of jobs/ under a real Slurm: several nodes, arrays, the time limit, preemption, ranks that die."""
 
+import json
 import math
 import os
 import re
@@ -80,10 +81,13 @@ def test_a_killed_rank_costs_a_restart(slurm: Slurm, tmp_path: Path) -> None:
         assert re.search("exit code (4|137), requeued", job.said)  # srun kills the rest and may tell of that
 
 
-def test_a_preempted_job_stops_in_good_order_and_goes_on_later(slurm: Slurm, tmp_path: Path) -> None:
-    with LongJob(slurm, *QUICK, cwd=tmp_path) as job:
+def test_a_preempted_job_goes_on_later_at_the_step_where_it_was(slurm: Slurm, tmp_path: Path) -> None:
+    with LongJob(slurm, *QUICK, "grace_s=0", cwd=tmp_path, steps=60) as job:
         slurm.run("sbatch", "--wait", "--partition=urgent", "--nodes=2", "--output=/dev/null", "--wrap=true")
-        job.requeued_then_finishes()
+        job.requeued_then_finishes(instead=False)
+        (step,) = re.findall(r"\bb: goes on after step (\d+)", job.log)
+        with h5py.File(job.out / "videos" / "b.h5") as video:
+            assert 0 < json.loads(video.attrs["plan"])["first_step"] == int(step) < 60
         assert "stopped on request (SIGTERM)" in job.said and "exit code 75, requeued" in job.said
 
 
