@@ -64,7 +64,8 @@ def run(main: Callable[[], int]) -> NoReturn:
         _die_with(guard)
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
         code = main()
-        signal.pthread_sigmask(signal.SIG_BLOCK, ALL)  # how the run ends is decided
+        for number in (*FORWARDED, *LEFT_TO_WORK):  # how the run ends is decided; a mask would be this thread's alone
+            signal.signal(number, signal.SIG_IGN)
         sys.exit(code)
     _prctl(PR_SET_NAME, NAME.encode())
     asked = _watch_signals(child)

@@ -235,7 +235,8 @@ def test_a_guard_that_was_paused_with_its_work_counts_nothing() -> None:
 def test_a_request_to_stop_changes_nothing_once_the_work_is_done() -> None:
     """Python gives signals their default handlers back as it ends, which would end the work as if it were stopped."""
     slow = "import atexit; atexit.register(lambda: (print('ends', flush=True), time.sleep(1)))"
-    with started("pass", f"{slow}; signal.signal(signal.SIGTERM, signal.SIG_DFL)") as (guard, _):
+    thread = "import threading; threading.Thread(target=time.sleep, args=(5,), daemon=True).start()"  # has its own mask
+    with started("pass", f"{slow}; {thread}; signal.signal(signal.SIGTERM, signal.SIG_DFL)") as (guard, _):
         assert guard.stdout is not None
         assert guard.stdout.readline() == "ends\n"
         guard.terminate()
