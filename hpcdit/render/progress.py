@@ -1,6 +1,7 @@
-"""What a person sees of a run: a log file, and a line on the terminal that moves."""
+"""What a person sees of a run: a log file, and lines on the terminal."""
 
 import logging
+import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from ..errors import BrokenRun
 from ..output.store import Index
 from ..output.trace import EVENT
 from ..terminal import say
+from .live import At, State, View
 
 LINE_S = 5.0  # between two progress lines where the output is not a terminal
 
@@ -73,9 +75,10 @@ class Report:
         self._there, self._done, self._failed = there, 0, 0
         self._all_steps, self._steps, self._shown = sum(work.values()), 0, 0.0
         self._opened = self._start = time.monotonic()  # the start is set anew when the first video begins
-        self._terminal = sys.stderr.isatty()
+        self._view = View(shutil.get_terminal_size().columns) if sys.stderr.isatty() else None
+        self._failures = list[tuple[str, str]]()  # id and reason
         self._before = 0  # steps that earlier runs have done
-        self._at: dict[int, str] = {}  # what each group is at
+        self._at: dict[int, At] = {}  # what each group is at
 
     def hear(self, note: dict[str, Any]) -> None:
         """Takes what the leader of a group tells."""
@@ -119,8 +122,8 @@ class Report:
         """Step `step` (from 0) of videos that a group renders together has ended."""
         self._steps += len(ids)
         more = f" +{len(ids) - 1}" if len(ids) > 1 else ""
-        self._at[group] = f"{ids[0]}{more} step {step + 1}/{self._work[ids[0]]}"
-        self._show(", ".join(text for _, text in sorted(self._at.items())))
+        self._at[group] = At(f"{ids[0]}{more}", step + 1, self._work[ids[0]])
+        self._show(", ".join(f"{at.videos} step {at.step}/{at.steps}" for _, at in sorted(self._at.items())))
 
     def ended(self, job_id: str, status: str, seconds: float, reason: str) -> None:
         with _as_broken_run():
@@ -131,32 +134,33 @@ class Report:
         else:
             self._failed += 1
             self.log.error("%s: failed: %s", job_id, reason)
-            self._print(f"{job_id}: failed: {reason}")
+            self._failures.append((job_id, reason))
+            if not self._view:
+                say(f"{job_id}: failed: {reason}")
         self._show(f"{job_id} {status}", now=True)
 
     def _show(self, what: str, now: bool = False) -> None:
         elapsed = time.monotonic() - self._start
-        if not now and not self._terminal and elapsed - self._shown < LINE_S:
+        if not now and not self._view and elapsed - self._shown < LINE_S:
             return
         self._shown = elapsed
         left = elapsed / self._steps * max(self._all_steps - self._before - self._steps, 0) if self._steps else 0.0
         there = f" ({self._there} were there)" if self._there else ""
         line = f"{self._done}/{len(self._work)} videos{there}, {what}, {clock(left)} left"
-        if self._terminal:
-            say(f"\r{line:<78.110}", end="")
-        else:
+        if not self._view:
             say(line)
-
-    def _print(self, line: str) -> None:
-        say(("\n" if self._terminal else "") + line)
+            return
+        rate = f", {self._done / elapsed * 3600:.3g} videos an hour" if self._done and elapsed else ""
+        failed = f", {self._failed} failed" if self._failed else ""
+        headline = f"{self._done}/{len(self._work)} videos{there}{failed}{rate}, {clock(left)} left"
+        share = (self._before + self._steps) / max(self._all_steps, 1)
+        self._view.show(State(headline, share, self._at, self._failures), now)
 
     def close(self) -> None:
-        """Writes the index; leaves the moving line, so that what follows has its own."""
+        """Writes the index."""
         with _as_broken_run():
             self._index.write(self.events)
         self.log.info("videos took %.1f s, after %.1f s of loading", time.monotonic() - self._start, self._loading)
-        if self._terminal and self._shown:
-            say("")
 
     @property
     def _loading(self) -> float:

@@ -1,13 +1,15 @@
 """What rank 0 tells of a run of several groups."""
 
 import logging
+import re
+import sys
 from pathlib import Path
 
 import pytest
 
 from hpcdit.output.record import Row
 from hpcdit.output.store import Index
-from hpcdit.render import progress
+from hpcdit.render import live, progress
 
 
 def test_the_line_shows_what_every_group_is_at(
@@ -29,6 +31,57 @@ def test_the_line_shows_what_every_group_is_at(
         "1/3 videos, a +1 step 4/4",
     ]
     assert report.done == 1
+
+
+class Screen:
+    """As much of a terminal as the view uses: lines, going up, and clearing what is below."""
+
+    def __init__(self, text: str) -> None:
+        lines, row = [""], 0
+        for code, plain in re.findall(r"\x1b\[([0-9;]*[A-Za-z])|([^\x1b]+)", text):
+            if code.endswith("A"):
+                row -= int(code[:-1])
+            elif code == "J":
+                del lines[row:]
+                lines.append("")
+            for n, part in enumerate(plain.split("\n")):
+                if n:
+                    row += 1
+                    lines[row:] = [*lines[row:], ""] if len(lines) <= row else lines[row:]
+                lines[row] += part.replace("\r", "")
+        self.lines = [line.rstrip() for line in lines]
+
+
+def test_a_terminal_shows_groups_and_failures_in_one_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(live, "EVERY_S", 0.0)
+    rows = [Row(n, name, "", 0) for n, name in enumerate("abc")]
+    log = progress.open_log(tmp_path / "run.log")
+    report = progress.Report(Index(tmp_path, rows), log, dict.fromkeys("abc", 4), there=0)
+    for step in range(3):
+        report.hear({"what": "step", "group": 0, "ids": ["a"], "step": step})
+        report.hear({"what": "step", "group": 1, "ids": ["b", "c"], "step": step})
+    report.hear(
+        {"what": "ended", "group": 1, "id": "b", "status": "failed", "seconds": 1.0, "reason": "no\nmemory " * 50}
+    )
+    report.hear({"what": "ended", "group": 0, "id": "a", "status": "done", "seconds": 1.0, "reason": ""})
+    report.close()
+    text = capsys.readouterr().err
+    screen = Screen(text).lines
+    assert screen[0].startswith("1/3 videos, 1 failed, ") and "videos an hour" in screen[0]
+    assert screen[2].startswith("0 a ") and screen[2].endswith("step 3/4") and screen[3].startswith("1 b +1 ")
+    assert screen[4].startswith("b failed: no memory no memory ") and screen[5:] == [""], (
+        "nothing is left of earlier drawings"
+    )
+    assert max(map(len, screen)) < 80 and "\x1b[?25l" not in text, "the cursor stays, whatever ends the run"
+
+
+def test_many_groups_fit_a_terminal() -> None:
+    at = {n: live.At(f"video {n}", 1, 4) for n in range(100)}
+    lines = Screen(live.drawn(live.State("head", 0.5, at, [(str(n), "x") for n in range(50)]), 60)).lines
+    assert len(lines) <= 16 and "and 92 more groups" in lines and "49 failed: x" in lines
 
 
 def test_a_full_disk_is_told_once_and_the_run_goes_on(capsys: pytest.CaptureFixture[str]) -> None:
