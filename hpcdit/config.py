@@ -57,6 +57,7 @@ class Parallel:
     ring: int | None
     pieces: int | None
     groups: int | None
+    vae: str
 
 
 @dataclass(frozen=True)

@@ -157,6 +157,7 @@ RULES: Mapping[str, Rule] = {
     "parallel.ring": _integer(1, null=PLANNER),
     "parallel.pieces": _integer(0, 10_000, null=PLANNER),
     "parallel.groups": _integer(1, 10_000, null=PLANNER),
+    "parallel.vae": _choice("auto", "rows", "whole"),
     "transport.kind": _choice("auto", "mpi", "nvshmem"),
     "transport.inter": _choice("auto", "rma", "persistent"),
     "transport.timeout_s": _number(above=0),

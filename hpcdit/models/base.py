@@ -105,6 +105,11 @@ class Adapter(ABC):
 
     shape: "ModelShape"
 
+    @property
+    @abstractmethod
+    def by_rows(self) -> bool:
+        """Whether `decode` inside a `rows.ByRows` makes the same rows of the frames of some rows of the latents."""
+
     @classmethod
     @abstractmethod
     def load(

@@ -23,6 +23,7 @@ from .encodings import Encodings
 from .graphs import Passes
 from .loading import WEIGHTS, ModelFolder, check_loaded, shape
 from .resume import resumed, state
+from .rows import cuttable
 from .wan_blocks import Split, compile_blocks
 
 
@@ -100,6 +101,10 @@ class Wan(Adapter):
             if compiled:
                 compile_blocks(pipe.transformer)
         return cls(pipe, folder, graph and cuda)
+
+    @property
+    def by_rows(self) -> bool:
+        return cuttable(self._pipe.vae)
 
     def guided(self, guidance_scale: float) -> bool:
         return guidance_scale > 1  # as WanPipeline.do_classifier_free_guidance

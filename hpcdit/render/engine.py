@@ -170,16 +170,19 @@ class Engine:
         return conditions
 
     def _hand_over(self, job: Job, how: dict[str, int], latents: torch.Tensor, events: bytes, started: float) -> None:
-        """Gives a denoised video to the rank whose turn it is, with the events of all ranks."""
+        """Gives a denoised video to the rank whose turn it is, with the events of all ranks, and its rows to all others
+        if they decode it together."""
         owner = self._count % self.group.size
         self._count += 1
         gathered = self.group.gather(events, owner, "the events of a video")
-        if self.group.rank == owner:
-            every = np.concatenate([np.frombuffer(data, EVENT) for data in gathered])
+        rows = self.finisher.rows
+        if rows or self.group.rank == owner:
+            every = np.frombuffer(b"".join(gathered), EVENT)
             assert self._plan is not None
-            plan = {**self._plan.describe(), **self.transport.describe(), **how}
+            plan = {**self._plan.describe(), **self.transport.describe(), **how, "vae": "rows" if rows else "whole"}
+            mine = rows.share(latents) if rows else latents
             # A copy: the rest of the batch need not stay in memory for it.
-            self.finisher.submit(Denoised(job, plan, latents.to("cpu", copy=True), every, started))
+            self.finisher.submit(Denoised(job, plan, mine.to("cpu", copy=True), every, started, owner))
 
     def _open(self, batch: int, length: int, below: int | None = None) -> SequenceParallel:
         """The attention session for so many sequences of `length` tokens: the last one's, if it fits.

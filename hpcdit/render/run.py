@@ -29,6 +29,7 @@ from ..transport.heap import HEAP_BYTES
 from . import films
 from .batch import Batch, output_folder
 from .checkpoints import Checkpoints
+from .decoding import RowDecoder, row_decoder
 from .engine import Engine
 from .groups import Groups, Halves
 from .plan import workload
@@ -107,7 +108,7 @@ def _render(
                 lambda: stop.leave(lambda: load(batch.folder, m.dtype, device.torch, m.compile, graph)), "the model"
             )
         except (InputError, Stopped):  # by all ranks together
-            _close(halves, groups, network)
+            _close(None, halves, groups, network)
             raise
     gc.freeze()  # what is there by now stays to the end
     gc.enable()
@@ -117,8 +118,10 @@ def _render(
         _log_plan(planner, report)
         _warn_unguided(batch, plan.cfg, adapter, report)
     todo = _source(config, batch, stack) if report else Listed(())  # before the finisher: what it writes stays claimed
+    beside = Trace(world.rank, config.trace.level, trace.offset, trace.ranges)  # for what works beside `trace`
+    decoder = row_decoder(config.parallel.vae, groups, len(batch.todo), adapter, device, beside)
     provenance = Provenance.of(config, cluster, batch, groups, priced(planner.costs, work, cluster.nodes))
-    finisher = _finisher(config, world, device, adapter, provenance, trace, stack)
+    finisher = _finisher(config, world, device, adapter, provenance, beside, stack, decoder)
     checkpoints = _checkpoints(config, batch, groups, stack)
     dtype = getattr(torch, config.model.dtype)
     # What belongs to no video is the job's trace.
@@ -138,7 +141,7 @@ def _render(
     except Stopped as error:  # by all ranks together
         stopped = error
     _log_memory(world, device, network, engine.denoising_bytes, planner.memory_bytes + before, report)
-    _close(halves, groups, network)
+    _close(decoder, halves, groups, network)
     if stopped is not None:
         raise stopped
 
@@ -153,8 +156,10 @@ def _add_films(videos: Path, world: World, batch: Batch, stop: StopRequest, repo
         report.log.info("MP4 files made of %d videos that were there", count)
 
 
-def _close(halves: Halves | None, groups: Groups, network: Network) -> None:
+def _close(decoder: RowDecoder | None, halves: Halves | None, groups: Groups, network: Network) -> None:
     """Collective: what is left open would make MPI's end abort."""
+    if decoder:
+        decoder.close()
     if halves:
         halves.close()
     groups.close()
@@ -171,20 +176,20 @@ def _warn_untimed(trace: Trace, device: Device, graph: bool, report: Report) -> 
 
 def _finisher(
     config: Config, world: World, device: Device, adapter: Adapter, provenance: Provenance, trace: Trace,
-    stack: ExitStack,
+    stack: ExitStack, rows: RowDecoder | None,
 ) -> Finisher:  # fmt: skip
-    """With a trace of its own: it works beside what `trace` records."""
     finisher = Finisher(
         adapter,
         device,
         Path(config.output.dir) / "videos",
         provenance,
-        Trace(world.rank, config.trace.level, trace.offset, trace.ranges),
+        trace,
         config.output.compression,
         config.output.video,
         world.cores,
         config.queue.claims,
         config.grace_s / 2,
+        rows,
     )
     stack.callback(finisher.close)
     return finisher

@@ -13,14 +13,16 @@ import torch
 
 from ..device import Device
 from ..errors import BrokenRun, VideoError
+from ..group import FATAL
 from ..models.base import Adapter
 from ..output import catalog, media
 from ..output.record import VideoRecord
 from ..output.store import write_video
 from ..output.summary import Summary
-from ..output.trace import Trace
+from ..output.trace import EVENT, Trace
+from .decoding import RowDecoder, check_latents
 from .manifest import Job
-from .together import release, short_of_memory, told
+from .together import GivenUp, release, short_of_memory, told
 
 
 @dataclass(frozen=True)
@@ -36,13 +38,14 @@ class Result:
 @dataclass(frozen=True)
 class Denoised:
     """A video that is still to be decoded. started: this process's `time.perf_counter()` when its encoding began;
-    plan: how its denoising was shared out."""
+    plan: how its denoising was shared out; latents: all, or this rank's rows; owner: the rank that writes it."""
 
     job: Job
     plan: dict[str, Any]
     latents: torch.Tensor
     events: np.ndarray
     started: float
+    owner: int = 0
 
 
 def check_picture(frames: np.ndarray) -> None:
@@ -69,15 +72,20 @@ class Finisher:
         threads: int,
         shared: bool = False,
         unknown_s: float = 0.0,
+        rows: RowDecoder | None = None,
     ) -> None:
-        """shared: other runs write into `folder`, too; unknown_s: what the first video is expected to take here."""
+        """shared: other runs write into `folder`, too; unknown_s: what the first video is expected to take here.
+
+        rows: where all ranks of the group decode each video together; the owner writes it.
+        """
+        self.rows = rows
         self._unknown_s = unknown_s
         self._adapter, self._device = adapter, device
         self._folder, self._record, self._trace = folder, record, trace
         self._compression, self._video, self._shared = compression, video, shared
         # A new thread would take all cores otherwise: OpenMP's thread count is a thread's own setting.
         self._pool = ThreadPoolExecutor(1, "hpcdit-finisher", torch.set_num_threads, (threads,))
-        self._running: list[Future[Result]] = []
+        self._running: list[Future[Result | None]] = []
         self._each_s: float | None = (
             None  # what decode and write took of the last video, for each number of its latents
         )
@@ -96,22 +104,27 @@ class Finisher:
         """What has ended since the last call, all of it if `wait`. Raises what the thread raised."""
         ended = [future for future in self._running if wait or future.done()]
         self._running = [future for future in self._running if future not in ended]
-        return [asdict(future.result()) for future in ended]
+        return [asdict(result) for future in ended if (result := future.result())]
 
-    def _finish(self, video: Denoised) -> Result:
+    def _finish(self, video: Denoised) -> Result | None:
+        """How it ended; None where another rank of the group says so."""
         job, done = video.job, Result(video.job.id, "done", 0.0)
         start = time.perf_counter()
         try:
-            if os.path.lexists(self._folder / f"{job.id}.h5"):
+            there = os.path.lexists(self._folder / f"{job.id}.h5")
+            if self.rows.agreed(there, video.owner) if self.rows else there:
                 raise FileExistsError
-            if not torch.isfinite(video.latents).all():
-                raise VideoError("the latents hold values that are not numbers")
-            frames = self._decode(video.latents)
-            check_picture(frames)
-            self._write(video, frames)
+            frames = self._decode(video)
+            events = self.rows.events(video.owner) if self.rows else np.empty(0, EVENT)
+            if frames is not None:
+                check_picture(frames)
+                self._write(replace(video, events=np.concatenate([video.events, events])), frames)
             self._each_s = (time.perf_counter() - start) / video.latents.numel()
-        except VideoError as error:
-            done = replace(done, status="failed", reason=str(error))
+        except FATAL:
+            raise
+        except (VideoError, GivenUp) as error:
+            reason = error.reason if isinstance(error, GivenUp) else str(error)
+            done = replace(done, status="failed", reason=reason)
         except FileExistsError:
             # Of runs that share the folder, one that was suspended may have lost its claim.
             status, reason = "done" if self._shared else "failed", f"{job.id}.h5 appeared while it was rendered"
@@ -123,19 +136,27 @@ class Finisher:
         except Exception as error:
             done = replace(done, status="failed", reason=f"while decoding and writing: {told(error)}")
         self._trace.take()  # nothing is left, unless the video has no file
+        if self.rows and self.rows.group.rank != video.owner:
+            return None
         return replace(done, seconds=time.perf_counter() - video.started)
 
-    def _decode(self, latents: torch.Tensor) -> np.ndarray:
-        """The frames; where memory was short once more, when what nobody needs is given up."""
+    def _decode(self, video: Denoised) -> np.ndarray | None:
+        """The frames, where this rank is to write them; if memory was short, once more without what nobody needs."""
         for last in (False, True):
             try:
-                with self._trace.span("decode", "compute"), self._device.stream():
-                    return self._adapter.decode(latents)
+                return self._frames(video)
             except Exception as error:
-                if last or not short_of_memory(error):
+                if last or not (error.memory if isinstance(error, GivenUp) else short_of_memory(error)):
                     raise
             release()
         raise AssertionError
+
+    def _frames(self, video: Denoised) -> np.ndarray | None:
+        if self.rows:
+            return self.rows(video.latents, video.owner, video.job.sampling)
+        check_latents(video.latents)
+        with self._trace.span("decode", "compute"), self._device.stream():
+            return self._adapter.decode(video.latents)
 
     def _write(self, video: Denoised, frames: np.ndarray) -> None:
         start, every = self._trace.now(), video.events

@@ -16,6 +16,7 @@ from hpcdit.cluster import MPI, World
 from hpcdit.models.wan import Wan
 from hpcdit.models.wan_blocks import Split
 from hpcdit.render.groups import Halves
+from hpcdit.transport.rows import Line
 from tests.mpi.groups import side_by_side
 
 PLACES: dict[str, tuple[type, str]] = {
@@ -27,6 +28,7 @@ PLACES: dict[str, tuple[type, str]] = {
     "swap": (Halves, "swap"),
     "scheduler": (FlowMatchEulerDiscreteScheduler, "step"),
     "decode": (Wan, "decode"),
+    "halo": (Line, "swap"),
 }
 SHORT = RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 1 byte")
 
@@ -96,6 +98,14 @@ MEMORY = [
     Run(Fault("layer", 3, 2, SHORT, times=2)),
     Run(Fault("layer", 3, 2, MemoryError(), times=1), batch=2),
     Run(Fault("decode", 1, 0, torch.OutOfMemoryError("no room"))),
+]
+ROWS = [
+    Run(Fault(where, calls, rank, error), args=("parallel.vae=rows",))
+    for where, calls, rank, error in (
+        ("decode", 1, 1, ZeroDivisionError("a bug")),
+        ("halo", 29, 2, ZeroDivisionError("a bug")),
+        ("halo", 30, 3, SHORT),
+    )
 ]
 LIMIT = [Run(Fault("layer", 1, 1, times=99), args=("failures.max=2",))]
 

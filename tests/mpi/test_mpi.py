@@ -244,6 +244,22 @@ def test_a_lack_of_memory_is_met_with_less_at_a_time(
     assert "rank 2" in found["a"][1] or found["a"] == ("done", "")
 
 
+def test_a_rank_that_fails_while_all_decode_a_video_by_rows_costs_that_video_or_nothing(
+    tiny: tuple[Path, Path], requests: Requests, tmp_path: Path
+) -> None:
+    args = str(tiny[0]), str(requests[0]), str(tmp_path)
+    codes = mpirun(4, "renders", *args, "ROWS", module="tests.mpi.failing")
+    for run in failing.ROWS:
+        fails = isinstance(run.fault.error, ZeroDivisionError)
+        assert codes[run.name()] == (3 if fails else 0), run.name()
+        reason = check(tmp_path / run.name(), requests, {"a"} if fails else set())["a"][1]
+        assert reason == (f"rank {run.fault.rank} while decoding: ZeroDivisionError: a bug" if fails else "")
+        with h5py.File(tmp_path / run.name() / "videos" / "b.h5") as file:
+            events = file["trace/events"][:]
+            assert json.loads(file.attrs["plan"])["vae"] == "rows"
+        assert set(events["rank"][events["name"] == b"decode"]) == set(range(4))
+
+
 def test_so_many_failures_end_the_run_and_leave_the_rest_pending(
     tiny: tuple[Path, Path], requests: Requests, tmp_path: Path
 ) -> None:
