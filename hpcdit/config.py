@@ -32,7 +32,8 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Model:
-    """`path` None: the demo model; `sampling`: its own defaults; `shape`: the fields of ModelShape."""
+    """`path` None: the demo model; `lora`: file and scale; `sampling`: its own defaults; `shape`: the fields of
+    ModelShape."""
 
     name: str
     path: str | None
@@ -40,6 +41,7 @@ class Model:
     device: str
     compile: bool
     graph: bool
+    lora: list[Any] | None
     sampling: dict[str, Any]
     shape: dict[str, Any] | None
 

@@ -99,6 +99,15 @@ def _share() -> Rule:
     return Rule("i/n, the i-th of n shares, i from 0 or from 1, n up to 99999", accept, null="all")
 
 
+def _lora() -> Rule:
+    def accept(value: Any) -> list[Any]:
+        _require(isinstance(value, list) and len(value) == 2 and type(value[1]) in (int, float))
+        _require(-1000 <= value[1] <= 1000)
+        return [_path("").accept(value[0]), float(value[1])]
+
+    return Rule("[path, scale]: a LoRA's .safetensors file, and a number from -1000 to 1000", accept, null="none")
+
+
 def _patch() -> Rule:
     def accept(value: Any) -> list[int]:
         _require(isinstance(value, list) and len(value) == 3)
@@ -138,6 +147,7 @@ RULES: Mapping[str, Rule] = {
     "model.device": _choice("auto", "cpu", "cuda"),
     "model.compile": _flag(),
     "model.graph": _flag(),
+    "model.lora": _lora(),
     **{f"model.sampling.{key}": rule for key, rule in _sampling(null="its family's default").items()},
     "model.shape.layers": _integer(1, 10_000),
     "model.shape.heads": _integer(1, 10_000),

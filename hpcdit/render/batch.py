@@ -14,6 +14,7 @@ from typing import IO, Any
 from ..config import Config, Sampling, demo_model, demo_prompts, resolve_sampling
 from ..errors import InputError
 from ..models.loading import ModelFolder, ModelShape, inspect, shape
+from ..models.lora import with_lora
 from ..output import atomic
 from ..output.catalog import NAME as CATALOG
 from ..output.claims import FOLDER as CLAIMS
@@ -68,6 +69,8 @@ def prepare(config: Config, nodes: Sequence[int]) -> Batch:
     Leaves no trace, but lines in the catalog for videos that had none.
     """
     folder = inspect(Path(config.model.path) if config.model.path else demo_model())
+    if config.model.lora:
+        folder = with_lora(folder, *config.model.lora)
     defaults, model = resolve_sampling(config, folder.family), shape(folder)
     jobs = read(Path(config.prompts) if config.prompts else demo_prompts(), defaults)
     fits(jobs, defaults, model)

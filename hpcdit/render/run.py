@@ -39,6 +39,7 @@ from .provenance import Provenance, priced
 from .queue import Queue, batches
 from .sources import Listed, Shared, Source, told
 from .stages import Finisher
+from .weights import load_model
 
 OK, FAILED = 0, 3
 
@@ -104,8 +105,8 @@ def _render(
         load, m = adapter_of(batch.folder.family).load, config.model
         graph = m.graph and transport.streams
         try:
-            adapter = world.together(
-                lambda: stop.leave(lambda: load(batch.folder, m.dtype, device.torch, m.compile, graph)), "the model"
+            adapter = load_model(
+                world, batch.folder, m, stop, lambda folder: load(folder, m.dtype, device.torch, m.compile, graph)
             )
         except (InputError, Stopped):  # by all ranks together
             _close(None, halves, groups, network)

@@ -62,6 +62,15 @@ def test_the_demo_is_the_same_video_on_one_to_six_ranks(tmp_path: Path) -> None:
         assert abs(frames[size] - frames[1]).max() <= 1, f"{size} ranks"
 
 
+def test_four_ranks_of_a_host_hold_one_copy_of_the_weights(tmp_path: Path) -> None:
+    from tests.checkpoints import make_wan
+
+    make_wan(tmp_path / "model", heads=6, head_dim=64, layers=8, ffn_dim=2000)  # 92 and 47 MB: more than noise
+    for weights, held in mpirun(4, "weights", str(tmp_path / "model"), "float32", "bfloat16"):
+        assert weights > 4e7
+        assert 0.9 * weights < held < 1.3 * weights
+
+
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A random checkpoint with 5 heads, and the frames that diffusers' own pipeline makes of it on one process."""
