@@ -20,13 +20,14 @@ from .groups import Groups
 from .together import Failure, Together
 
 
-def by_rows(choice: str, possible: bool, ranks: int, videos: int) -> bool:
+def by_rows(choice: str, possible: bool, ranks: int, videos: int, cuda: bool = False) -> bool:
     """Whether a group of so many ranks decodes its videos together: `parallel.vae`.
 
-    possible: for the model; videos: that the group is to render. Where every rank has a video to decode while the next
-    one is denoised, all that a cut adds is messages; where some would have none, the last video is done sooner.
+    possible: for the model; videos: that the group is to render; cuda: it has GPUs. Where every rank has a video to
+    decode while the next one is denoised, all that a cut adds is messages; where some would have none, the last video
+    is done sooner. Rows of GPUs' frames go through the hosts' memory, so there they are cut only if asked for.
     """
-    return possible and ranks > 1 and (choice == "rows" or (choice == "auto" and videos < ranks))
+    return possible and ranks > 1 and (choice == "rows" or (choice == "auto" and videos < ranks and not cuda))
 
 
 def check_latents(latents: torch.Tensor) -> None:
@@ -108,6 +109,6 @@ def row_decoder(
 ) -> RowDecoder | None:
     """Where all ranks of a group decode a video together, see `by_rows`. videos: of the run. Collective."""
     share = -(-videos // groups.mesh.extent("replicas"))
-    if not by_rows(choice, adapter.by_rows, groups.replica.size, share):
+    if not by_rows(choice, adapter.by_rows, groups.replica.size, share, device.cuda):
         return None
     return RowDecoder(groups.replica.part(1), adapter, device, trace)
