@@ -51,11 +51,14 @@ def make_wan(
     dtype: str = "float32",
     max_shard_size: str = "1GB",
     seed: int = 0,
+    experts: int = 1,
+    fine: bool = False,
 ) -> Path:
     """Writes a random WanPipeline folder by diffusers' own classes; the same seed, the same bytes.
 
     The sizes divide nothing; a latent is 4 frames by 8 by 8 pixels. The weights are scaled so that every part
     matters: attention is peaked, gates are open, frames use the whole range of levels.
+    experts: 2 as in Wan 2.2 A14B; fine: a VAE of patches, and a timestep a token, as in Wan 2.2 5B.
     scheduler: a class name of diffusers. max_shard_size: a small one ("50KB") gives sharded weights.
     """
     import torch
@@ -64,24 +67,28 @@ def make_wan(
 
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(seed)
-        transformer: Any = WanTransformer3DModel(
-            patch_size=patch,
-            num_attention_heads=heads,
-            attention_head_dim=head_dim,
-            in_channels=z_dim,
-            out_channels=z_dim,
-            text_dim=text_dim,
-            freq_dim=32,
-            ffn_dim=ffn_dim,
-            num_layers=layers,
-            rope_max_seq_len=rope_rows,
-        )
+        transformer, *others = [
+            WanTransformer3DModel(
+                patch_size=patch,
+                num_attention_heads=heads,
+                attention_head_dim=head_dim,
+                in_channels=z_dim,
+                out_channels=z_dim,
+                text_dim=text_dim,
+                freq_dim=32,
+                ffn_dim=ffn_dim,
+                num_layers=layers,
+                rope_max_seq_len=rope_rows,
+            )
+            for _ in range(experts)
+        ]
         vae: Any = AutoencoderKLWan(
             base_dim=vae_dim,
             z_dim=z_dim,
             dim_mult=[1, 1, 1, 1],
             num_res_blocks=1,
             temperal_downsample=[False, True, True],
+            **({"patch_size": 2, "in_channels": 12, "out_channels": 12, "scale_factor_spatial": 16} if fine else {}),
             latents_mean=[0.1 * i - 0.2 for i in range(z_dim)],
             latents_std=[1.0 + 0.1 * i for i in range(z_dim)],
         )
@@ -97,12 +104,15 @@ def make_wan(
                 feed_forward_proj="gated-gelu",
             )
         )
-        _stir(transformer)
+        for each in (transformer, *others):
+            _stir(each)
         _stretch(vae)
         if dtype != "float32":
-            for part in (transformer, vae, text_encoder):
+            for part in (transformer, *others, vae, text_encoder):
                 part.to(getattr(torch, dtype))
-        pipe: Any = WanPipeline(tokenizer, text_encoder, vae, _scheduler(scheduler), transformer)
+        ratio = {"transformer_2": others[0], "boundary_ratio": 0.8} if others else {}
+        made = _scheduler(scheduler)
+        pipe: Any = WanPipeline(tokenizer, text_encoder, vae, made, transformer, expand_timesteps=fine, **ratio)
         pipe.save_pretrained(folder, max_shard_size=max_shard_size)
     return folder
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from ..kernels.base import Kernels, Norm, Tables
+from ..kernels.base import Kernels, Norm, Tables, attend_counted
 from ..mesh import Mesh
 from ..spans import Spans
 from ..transport.base import Exchange, Place, Transport
@@ -175,15 +175,15 @@ class Attention:
         self.tensors, self.publish, self.project = self.replay.tensors, self.replay.publish, self.replay.project
         self.close, self.drain = self.replay.close, self.replay.drain
 
-    def attend(self) -> torch.Tensor:
-        """The attention output of this rank's tokens, all heads: [B, tokens, H, D]."""
+    def attend(self, keys: torch.Tensor | None = None) -> torch.Tensor:
+        """The attention output of this rank's tokens, all heads: [B, tokens, H, D]; keys: see base.Sequence."""
         partial: dict[tuple[int, int], list[Partial]] = {}
         for step in self.replay.steps:
             match step:
                 case Pull():
                     self.replay.pull(step)
                 case Attend():
-                    self._attend(step, partial)
+                    self._attend(step, partial, keys)
                 case Push(piece, _):
                     self._push(piece, partial.pop((piece.tokens, piece.heads)))
             self.replay.at += 1
@@ -205,11 +205,16 @@ class Attention:
             parts.append(part)
         return replay.here(parts[0] if len(parts) == 1 else torch.cat(parts))
 
-    def _attend(self, step: Attend, partial: dict[tuple[int, int], list[Partial]]) -> None:
+    def _attend(self, step: Attend, partial: dict[tuple[int, int], list[Partial]], keys: torch.Tensor | None) -> None:
         """Attends, and keeps the last result apart: the last merge of all writes where the whole is wanted."""
         start = self.spans.start("attend")
         q, k, v = (self._operand(t, step.q if t == "q" else step.kv, step.heads) for t in "qkv")
-        out, lse = self.kernels.attend(q, k, v)
+        if keys is None:
+            out, lse = self.kernels.attend(q, k, v)
+        else:
+            tokens = [self.placement.tokens[who] for who in step.kv]
+            counted = torch.cat([keys[:, part.start : part.stop] for part in tokens], dim=1)
+            out, lse = attend_counted(self.kernels, q, k, v, counted)
         at = 0
         for who in step.q:
             count, key = len(self.placement.tokens[who]), (who, step.heads)

@@ -42,9 +42,9 @@ class SequenceParallel:
         """Whether other ranks have a part in it."""
         return self._transport.size > 1
 
-    def attend(self) -> torch.Tensor:
-        """The attention of this rank's queries, [B, tokens, H, D]: the end of a round."""
-        out = self._attention.attend()
+    def attend(self, keys: torch.Tensor | None = None) -> torch.Tensor:
+        """The attention of this rank's queries, [B, tokens, H, D], to all keys, or those that count: a round's end."""
+        out = self._attention.attend(keys)
         self._rounds += 1
         return out
 

@@ -29,3 +29,14 @@ class Kernels(Protocol):
     def embed(self, x: torch.Tensor, norm: Norm | None, tables: Tables | None, blocks: Blocks) -> None: ...
 
     def to_uint8(self, frames: torch.Tensor) -> torch.Tensor: ...
+
+
+def attend_counted(
+    kernels: Kernels, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, keys: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `kernels.attend`, to those keys that count: [B, Lk], of type bool. One video after the other."""
+    found = [
+        kernels.attend(q[:, b : b + 1], k[counted, b : b + 1], v[counted, b : b + 1]) for b, counted in enumerate(keys)
+    ]
+    out, lse = zip(*found, strict=True)
+    return torch.cat(out, 1), torch.cat(lse, 1)

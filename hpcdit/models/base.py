@@ -1,7 +1,7 @@
 """What the engine asks of a model family, and what a model family asks of sequence-parallel attention."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 class Sequence(Protocol):
     """Attention over the tokens of one video that are shared out among the ranks of a group.
+
+    Where a model attends video and text jointly, the text's tokens are among them.
 
     Each layer is one round: three times `publish` or `project`, then `attend`. All ranks go through the same rounds.
     """
@@ -46,8 +48,11 @@ class Sequence(Protocol):
     def project(self, name: str, x: "Tensor", weight: "Tensor", bias: "Tensor") -> None:
         """As `publish` of what a linear layer makes of x, [B, tokens, C]; weight: [H * D, C], bias: [H * D]."""
 
-    def attend(self) -> "Tensor":
-        """The attention of this rank's queries to all keys: [B, tokens, H, D]."""
+    def attend(self, keys: "Tensor | None" = None) -> "Tensor":
+        """The attention of this rank's queries to all keys: [B, tokens, H, D].
+
+        keys: [B, L], of type bool: those that count, where not all do.
+        """
 
     def attend_whole(self, q: "Tensor", k: "Tensor", v: "Tensor") -> "Tensor":
         """The attention of this rank's q to keys that are all here, of a text: [B, tokens, H, D] each."""
@@ -67,16 +72,18 @@ class Halves(Protocol):
         """The other half's tensor of the same shape and type, for which it gets `mine`."""
 
 
+Encoding = Mapping[str, "Tensor"]  # B encoded texts: by the names of the pipeline's arguments, B rows each
+
+
 @dataclass(frozen=True, eq=False)
 class Conditions:
-    """Encoded prompts, B of them.
+    """Encoded prompts, B of them. negative is None where nothing is to be guided away from.
 
-    prompt, negative: [B, max_sequence_length, C]; negative is None where nothing is to be guided away from.
     prompt_cut, negative_cut: tokens beyond max_sequence_length, which the model never sees.
     """
 
-    prompt: "Tensor"
-    negative: "Tensor | None"
+    prompt: Encoding
+    negative: Encoding | None
     prompt_cut: int = 0
     negative_cut: int = 0
 

@@ -7,16 +7,17 @@ headers say, and the configurations fit each other.
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from hpcdit.errors import InputError
 from hpcdit.models import configs
+from hpcdit.models.families import families
+from hpcdit.models.family import Component
 from hpcdit.models.weights import Weights, find, fingerprint, read_json
 
-# The parts that have weights, and what their files are called.
-WEIGHTS = {"transformer": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
+TOKENIZER = "tokenizer_config.json"
 FORMAT = "a checkpoint folder in diffusers' format"
 
 
@@ -27,8 +28,10 @@ class ModelShape:
     patch: latent (frames, rows, columns) of one token; vae_temporal, vae_spatial: pixels per latent along
     time and along height and width; max_patches: tokens in one direction that its rotary table has rows for;
     multiple: what the family's pipeline asks of height and width beyond that; ffn_dim: width of the feed-forward
-    layers. weights, vae_weights: numbers in transformer and text encoder, and in the VAE, which stays in float32; 0
-    where there is no checkpoint.
+    layers. images: whether it makes images, which are videos of one frame; joint: whether the text's tokens are
+    attended together with the video's, in one sequence; text: the only max_sequence_length that the model takes, 0
+    where it is free; classifier_free: whether guidance takes two predictions. weights, vae_weights: numbers in all that
+    is loaded but the VAE, and in the VAE, which stays in float32; 0 where there is no checkpoint.
     """
 
     layers: int
@@ -41,6 +44,10 @@ class ModelShape:
     max_patches: int = 1024
     multiple: int = 1
     ffn_dim: int = 0
+    images: bool = False
+    joint: bool = False
+    text: int = 0
+    classifier_free: bool = True
     weights: int = field(default=0, compare=False)
     vae_weights: int = field(default=0, compare=False)
 
@@ -50,16 +57,28 @@ class ModelShape:
         return self.latent_channels, frames, height // self.vae_spatial, width // self.vae_spatial
 
     def tokens(self, num_frames: int, height: int, width: int) -> int:
-        """Length L of the sequence that self-attention sees, for a video of a legal size."""
+        """Tokens of a video of a legal size."""
         return math.prod(n // p for n, p in zip(self.latents(num_frames, height, width)[1:], self.patch, strict=True))
+
+    def length(self, num_frames: int, height: int, width: int, max_sequence_length: int) -> int:
+        """Length L of the sequence that self-attention sees, for a video of a legal size."""
+        return self.tokens(num_frames, height, width) + (max_sequence_length if self.joint else 0)
+
+    def guided(self, guidance_scale: float) -> bool:
+        """Whether this guidance scale takes two predictions a step, as all pipelines of diffusers have it."""
+        return self.classifier_free and guidance_scale > 1
 
     @property
     def token_channels(self) -> int:
         """Numbers of one token as the transformer gives it out."""
         return self.latent_channels * math.prod(self.patch)
 
-    def legal(self, num_frames: int, height: int, width: int) -> None:
+    def legal(self, num_frames: int, height: int, width: int, max_sequence_length: int | None = None) -> None:
         """Raises InputError naming the first size that the model cannot make, and the nearest that it can."""
+        if self.text and max_sequence_length not in (None, self.text):
+            raise InputError(f"max_sequence_length: {max_sequence_length}; allowed: {self.text}, as of this model")
+        if self.images and num_frames != 1:
+            raise InputError(f"num_frames: {num_frames}; allowed: 1, this is a model of images")
         step = self.vae_temporal * self.patch[0]
         first = self.vae_temporal * (self.patch[0] - 1) + 1
         _check_size("num_frames", num_frames, step, first, first + step * (self.max_patches - 1))
@@ -71,22 +90,29 @@ class ModelShape:
 
 @dataclass(frozen=True)
 class ModelFolder:
-    """A checked checkpoint. The dicts are the components' configurations with diffusers' defaults filled in.
+    """A checked checkpoint.
 
-    weights: numbers in each part that has some; files: bytes of each file that counts, by its name relative to `path`;
-    fingerprint: of their content, see
-    `weights.fingerprint`.
+    pipeline: the class in model_index.json, and `index` what that file says; parts: the components' configurations
+    with diffusers' defaults filled in. weights: numbers in each part that has some; files: bytes of each file that
+    counts, by its name relative to `path`; fingerprint: of their content, see `weights.fingerprint`.
     """
 
     path: Path
     family: str
-    transformer: dict[str, Any]
-    vae: dict[str, Any]
-    text_encoder: dict[str, Any]
-    scheduler: dict[str, Any]
+    pipeline: str
+    index: dict[str, Any]
+    parts: dict[str, dict[str, Any]]
     weights: dict[str, int]
     files: dict[str, int]
     fingerprint: str
+
+    @property
+    def transformer(self) -> dict[str, Any]:
+        return self.parts["transformer"]
+
+    @property
+    def vae(self) -> dict[str, Any]:
+        return self.parts["vae"]
 
 
 def inspect(folder: Path) -> ModelFolder:
@@ -104,52 +130,42 @@ def inspect(folder: Path) -> ModelFolder:
 
 def shape(folder: ModelFolder) -> ModelShape:
     """The model's numbers, from its checked configurations."""
-    transformer, vae = folder.transformer, folder.vae
-    return ModelShape(
-        layers=transformer["num_layers"],
-        heads=transformer["num_attention_heads"],
-        head_dim=transformer["attention_head_dim"],
-        latent_channels=vae["z_dim"],
-        patch=tuple(transformer["patch_size"]),
-        vae_temporal=vae["scale_factor_temporal"],
-        vae_spatial=vae["scale_factor_spatial"],
-        max_patches=transformer["rope_max_seq_len"],
-        multiple=16,  # WanPipeline.check_inputs
-        ffn_dim=transformer["ffn_dim"],
-        weights=folder.weights["transformer"] + folder.weights["text_encoder"],
-        vae_weights=folder.weights["vae"],
-    )
+    weights, family = dict(folder.weights), families()[folder.family]
+    vae = weights.pop("vae")
+    found = family.shape(folder)
+    return replace(found, classifier_free=family.classifier_free, weights=sum(weights.values()), vae_weights=vae)
 
 
 def _inspect(folder: Path) -> ModelFolder:
     if not folder.is_dir():
         raise InputError(_no_folder(folder))
-    index = folder / "model_index.json"
-    if not index.exists() and not index.is_symlink():
+    path = folder / "model_index.json"
+    if not path.exists() and not path.is_symlink():
         raise InputError(_no_index(folder))
-    family = configs.check_index(configs.read_config(index, {}))
-    transformer = configs.read_config(folder / "transformer" / "config.json", configs.TRANSFORMER_DEFAULTS)
-    vae = configs.read_config(folder / "vae" / "config.json", configs.VAE_DEFAULTS)
-    text_encoder = configs.read_config(folder / "text_encoder" / "config.json", {})
-    scheduler = configs.read_config(folder / "scheduler" / "scheduler_config.json", {})
-    configs.check_transformer(transformer)
-    configs.check_vae(vae)
-    configs.check_scheduler(scheduler)
-    configs.check_together(transformer, vae, text_encoder)
-    weights = {part: _weights(folder, part) for part in WEIGHTS}
-    configs.check_tensors(transformer, weights["transformer"].tensors)
-    files = [index, *(config.path for config in (transformer, vae, text_encoder, scheduler))]
-    files += [path for found in weights.values() for path in found.files] + _tokenizer(folder / "tokenizer")
+    index, known = configs.read_config(path, {}), families()
+    name = configs.family_of(index, known)
+    family, components = known[name], configs.check_components(index, known[name])
+    parts, files = dict[str, configs.Config](), [path]
+    for part, component in components.items():
+        parts[part] = configs.read_config(folder / part / component.config, component.defaults or {})
+        if component.weights and component.library == "diffusers":
+            configs.check_class(parts[part], component)
+        files += _tokenizer(folder / part) if component.config == TOKENIZER else [parts[part].path]
+    configs.check_scheduler(parts["scheduler"])
+    family.check(index, parts)
+    weights = {part: _weights(folder, part, c) for part, c in components.items() if c.weights}
+    for part, found in weights.items():
+        configs.check_tensors(parts[part], family.tensors(part, parts[part]), found.tensors)
+        files += found.files
     digest = fingerprint(folder, files)  # opens each, and says what is wrong with one that it cannot
     return ModelFolder(
         path=folder,
-        family=family,
-        transformer=transformer.values,
-        vae=vae.values,
-        text_encoder=text_encoder.values,
-        scheduler=scheduler.values,
+        family=name,
+        pipeline=index["_class_name"],
+        index=index.values,
+        parts={part: config.values for part, config in parts.items()},
         weights={part: sum(map(math.prod, found.tensors.values())) for part, found in weights.items()},
-        files={path.relative_to(folder).as_posix(): path.stat().st_size for path in files},
+        files={file.relative_to(folder).as_posix(): file.stat().st_size for file in files},
         fingerprint=digest,
     )
 
@@ -160,27 +176,27 @@ def check_loaded(folder: ModelFolder, part: str, tensors: Mapping[str, int]) -> 
     A tensor that the files lack would be random, and another on each rank; one that the model has no place for means
     that the configuration is of another model. tensors: the loaded ones, name to address; those at one address are one.
     """
-    held = _weights(folder.path, part).tensors
+    component = families()[folder.family].components[part]
+    held = _weights(folder.path, part, component).tensors
     there = {address for name, address in tensors.items() if name in held}
     missing = [name for name, address in tensors.items() if name not in held and address not in there]
-    # The text encoder is part of a larger model, and its files may hold more of it.
-    left = [name for name in held if name not in tensors and part != "text_encoder"]
+    # A text encoder is part of a larger model, and its files may hold more of it.
+    left = [name for name in held if name not in tensors and component.library == "diffusers"]
     for names, what in ((missing, "its files lack"), (left, "its config.json has no place for")):
         if names:
             more = f" and {len(names) - 1} more" * (len(names) > 1)
             raise InputError(f"{folder.path / part}: {what} the tensor {names[0]}{more}; allowed: files of one model")
 
 
-def _weights(folder: Path, part: str) -> Weights:
-    return find(folder / part, WEIGHTS[part], index_first=part != "text_encoder")
+def _weights(folder: Path, part: str, component: Component) -> Weights:
+    return find(folder / part, component.weights, index_first=component.library == "diffusers")
 
 
 def _tokenizer(folder: Path) -> list[Path]:
     """The tokenizer's files. Raises InputError where one is not whole, or none of them holds a vocabulary."""
-    configs.read_config(folder / "tokenizer_config.json", {})
     names = (path.name for path in folder.iterdir() if not path.name.startswith("."))
     files = [folder / name for name in sorted(names) if name.endswith((".json", ".model"))]
-    if not {path.name for path in files} & {"tokenizer.json", "spiece.model"}:
+    if not {path.name for path in files} & {"tokenizer.json", "spiece.model", "vocab.json"}:
         raise InputError(f"{folder}: no vocabulary; allowed: a tokenizer.json or a spiece.model")
     for path in files:
         if path.suffix == ".json":

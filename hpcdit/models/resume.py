@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import wraps
 from typing import Any
 
 from torch import Tensor
@@ -28,20 +29,15 @@ def mapped(value: Any, change: Callable[[Tensor], Any]) -> Any:
 def resumed(scheduler: Any, start: Snapshot | None, latents: Tensor) -> Iterator[None]:
     """In the body, a pipeline that begins to denoise `latents` goes on after `start`, if there is one.
 
-    It asks its scheduler for timesteps, and gets those that are left; it tells it to begin, and the scheduler then
-    remembers what it knew.
+    It asks its scheduler for timesteps, and gets those that are left; it may tell it to begin; after either the
+    scheduler remembers what it knew.
     """
     if start is None:
         yield
         return
-    set_timesteps, set_begin_index = scheduler.set_timesteps, scheduler.set_begin_index
+    set_timesteps, set_begin_index = scheduler.set_timesteps, getattr(scheduler, "set_begin_index", None)
 
-    def rest(*args: Any, **options: Any) -> None:
-        set_timesteps(*args, **options)
-        scheduler.timesteps = scheduler.timesteps[start.step :]
-
-    def remember(index: int = 0) -> None:
-        set_begin_index(index)
+    def remember() -> None:
         for name, value in start.state.items():
             if hasattr(type(scheduler), name):  # a method or a property is no state
                 raise ValueError(f"a scheduler does not remember {name}")
@@ -49,7 +45,19 @@ def resumed(scheduler: Any, start: Snapshot | None, latents: Tensor) -> Iterator
             device = here.device if isinstance(here, Tensor) else latents.device
             setattr(scheduler, name, mapped(value, lambda x: x.to(device)))  # noqa: B023
 
-    scheduler.set_timesteps, scheduler.set_begin_index = rest, remember
+    @wraps(set_timesteps)  # pipelines look at what it takes
+    def rest(*args: Any, **options: Any) -> None:
+        set_timesteps(*args, **options)
+        left = scheduler.timesteps[start.step :]
+        remember()
+        scheduler.timesteps = left
+
+    def begin(index: int = 0) -> None:
+        if set_begin_index:
+            set_begin_index(index)
+        remember()
+
+    scheduler.set_timesteps, scheduler.set_begin_index = rest, begin
     try:
         yield
     finally:

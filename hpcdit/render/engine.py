@@ -12,10 +12,11 @@ import torch
 from ..attention.check import check
 from ..attention.schedule import Shape
 from ..attention.session import SequenceParallel
+from ..config import Sampling
 from ..device import Device
 from ..errors import InputError, Stopped
 from ..group import Group
-from ..models.base import Adapter, Conditions, Snapshot
+from ..models.base import Adapter, Conditions, Encoding, Snapshot
 from ..output.trace import EVENT, Trace
 from ..planner.plans import Plan
 from ..transport.base import Transport
@@ -136,7 +137,7 @@ class Engine:
         """Renders videos together, but for what their owners have yet to finish; or why that is given up."""
         started, s = time.perf_counter(), jobs[0].sampling
         try:
-            session = self._open(len(jobs), self.adapter.shape.tokens(s.num_frames, s.height, s.width), below)
+            session = self._open(len(jobs), self._length(s), below)
             step = start.step if start else 0
             self._tell("begins", ids=[job.id for job in jobs], plan=str(self._plan), step=step)
             size = math.prod(self.adapter.shape.latents(s.num_frames, s.height, s.width)) * len(jobs)
@@ -160,6 +161,9 @@ class Engine:
             )
         self._collect()
         return None
+
+    def _length(self, s: Sampling) -> int:
+        return self.adapter.shape.length(s.num_frames, s.height, s.width, s.max_sequence_length)
 
     def _encode(self, job: Job) -> Conditions:
         limit = job.sampling.max_sequence_length
@@ -229,4 +233,8 @@ class Engine:
 def stack(conditions: Sequence[Conditions]) -> Conditions:
     """Several prompts as one batch, in their order."""
     negative = [c.negative for c in conditions if c.negative is not None]
-    return Conditions(torch.cat([c.prompt for c in conditions]), torch.cat(negative) if negative else None)
+    return Conditions(_stack([c.prompt for c in conditions]), _stack(negative) if negative else None)
+
+
+def _stack(encodings: Sequence[Encoding]) -> Encoding:
+    return {name: torch.cat([encoding[name] for encoding in encodings]) for name in encodings[0]}

@@ -96,7 +96,8 @@ def fits(jobs: Iterable[Job], defaults: Sampling, shape: ModelShape) -> None:
     """Raises InputError for the first job of a size that the model cannot make: its line, or the key it has it from."""
     for job in jobs:
         try:
-            shape.legal(job.sampling.num_frames, job.sampling.height, job.sampling.width)
+            s = job.sampling
+            shape.legal(s.num_frames, s.height, s.width, s.max_sequence_length)
         except InputError as error:
             key = str(error).partition(":")[0]
             own = getattr(job.sampling, key) != getattr(defaults, key)

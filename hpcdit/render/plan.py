@@ -31,19 +31,23 @@ def fixed(parallel: Parallel) -> Fixed:
 
 def workload(model: ModelShape, sampling: Sequence[Sampling], dtype: str, batch: int | None = None) -> Workload:
     """The videos of a batch as one workload: all as large as the largest, and guided if one is."""
-    largest = max(sampling, key=lambda s: (model.tokens(s.num_frames, s.height, s.width), s.steps))
+
+    def length(s: Sampling) -> int:
+        return model.length(s.num_frames, s.height, s.width, s.max_sequence_length)
+
+    largest = max(sampling, key=lambda s: (length(s), s.steps))
     sizes = largest.num_frames, largest.height, largest.width
     return Workload(
-        tokens=model.tokens(*sizes),
+        tokens=length(largest),
         heads=model.heads,
         head_dim=model.head_dim,
         layers=model.layers,
         ffn_dim=model.ffn_dim or 4 * model.heads * model.head_dim,
         steps=largest.steps,
         videos=len(sampling),
-        guided=any(s.guidance_scale > 1 for s in sampling),
+        guided=any(model.guided(s.guidance_scale) for s in sampling),
         itemsize=itemsize(dtype),
-        text_tokens=largest.max_sequence_length,
+        text_tokens=0 if model.joint else largest.max_sequence_length,
         latents=prod(model.latents(*sizes)),
         out_channels=model.token_channels,
         batch=batch or 1,

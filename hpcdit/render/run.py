@@ -13,8 +13,9 @@ from ..cluster import Cluster, World
 from ..config import Config
 from ..device import Device, bind, resident_peak_bytes
 from ..errors import BrokenRun, InputError, Stopped
-from ..models import adapter_of
 from ..models.base import Adapter
+from ..models.families import families
+from ..models.pipeline import PipelineAdapter
 from ..output.catalog import rebuild
 from ..output.claims import Claims, run_name
 from ..output.record import Row
@@ -102,8 +103,8 @@ def _render(
     device.forget_peak()  # which was that of what measures
     before = 0 if device.cuda else device.peak_bytes()
     with trace.span("load", "io"):
-        load, m = adapter_of(batch.folder.family).load, config.model
-        graph = m.graph and transport.streams
+        load, m = PipelineAdapter.load, config.model
+        graph = m.graph and transport.streams and not families()[batch.folder.family].masked
         try:
             adapter = load_model(
                 world, batch.folder, m, stop, lambda folder: load(folder, m.dtype, device.torch, m.compile, graph)

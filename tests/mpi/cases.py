@@ -26,7 +26,7 @@ from hpcdit.config import demo_model, load
 from hpcdit.errors import PeerLost
 from hpcdit.kernels import cpu
 from hpcdit.models.loading import inspect
-from hpcdit.models.wan import Wan
+from hpcdit.models.pipeline import PipelineAdapter
 from hpcdit.render.queue import Queue
 from hpcdit.render.sources import Listed
 from hpcdit.render.weights import load_model
@@ -122,7 +122,7 @@ def wan_frames(comm: MPI.Comm, checkpoint: str, reference: str) -> Any:
     the largest difference from the reference in levels of 255.
     """
     folder, expected = inspect(Path(checkpoint)), np.load(reference)
-    adapter = Wan.load(folder)
+    adapter = PipelineAdapter.load(folder)
     shape = Shape(1, adapter.shape.tokens(*SIZE), adapter.shape.heads, adapter.shape.head_dim)
     channels, noise = adapter.shape.token_channels, adapter.noise(SEED, *SIZE)
     torch.set_num_threads(1)

@@ -13,21 +13,22 @@ from hpcdit import app
 from hpcdit.attention.executor import Attention
 from hpcdit.attention.session import SequenceParallel
 from hpcdit.cluster import MPI, World
-from hpcdit.models.wan import Wan
-from hpcdit.models.wan_blocks import Split
+from hpcdit.models.families import wan_blocks
+from hpcdit.models.pipeline import PipelineAdapter
+from hpcdit.models.split import Split
 from hpcdit.render.groups import Halves
 from hpcdit.transport.rows import Line
 from tests.mpi.groups import side_by_side
 
 PLACES: dict[str, tuple[type, str]] = {
-    "encode": (Wan, "encode"),
-    "layer": (Split, "__call__"),
+    "encode": (PipelineAdapter, "encode"),
+    "layer": (wan_blocks.Attention, "__call__"),
     "publish": (SequenceParallel, "attend"),  # all is published, nothing attended
     "attend": (Attention, "_attend"),
-    "gather": (Split, "_gather"),
+    "gather": (Split, "_whole"),
     "swap": (Halves, "swap"),
     "scheduler": (FlowMatchEulerDiscreteScheduler, "step"),
-    "decode": (Wan, "decode"),
+    "decode": (PipelineAdapter, "decode"),
     "halo": (Line, "swap"),
 }
 SHORT = RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 1 byte")

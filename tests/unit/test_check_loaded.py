@@ -8,7 +8,7 @@ import pytest
 from hpcdit.config import demo_model
 from hpcdit.errors import InputError
 from hpcdit.models.loading import inspect
-from hpcdit.models.wan import Wan
+from hpcdit.models.pipeline import PipelineAdapter
 from tests.checkpoints import edit, make_wan
 
 
@@ -19,18 +19,18 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def refused(folder: Path) -> str:
     with pytest.raises(InputError) as caught:
-        Wan.load(inspect(folder))
+        PipelineAdapter.load(inspect(folder))
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
 
 def test_a_whole_checkpoint_is_loaded(whole: Path) -> None:
-    assert Wan.load(inspect(whole)).shape.heads == 5
+    assert PipelineAdapter.load(inspect(whole)).shape.heads == 5
 
 
 def test_weights_are_counted_before_they_are_loaded(whole: Path) -> None:
     for folder in (inspect(whole), inspect(demo_model())):
-        pipe = Wan.load(folder)._pipe
+        pipe = PipelineAdapter.load(folder)._pipe
         for part, count in folder.weights.items():
             tensors = getattr(pipe, part).state_dict(keep_vars=True).values()
             assert count == sum({tensor.data_ptr(): tensor.numel() for tensor in tensors}.values()), part

@@ -7,7 +7,8 @@ import pytest
 import torch
 from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
 
-from hpcdit.models import configs
+from hpcdit.models.families import wan_configs as configs
+from hpcdit.models.families.wan import FAMILY
 from hpcdit.models.loading import ModelShape, inspect, shape
 from tests.checkpoints import make_wan
 
@@ -42,7 +43,7 @@ def test_a_random_checkpoint_may_be_sharded_and_in_half_precision(tmp_path: Path
     WanPipeline.from_pretrained(tmp_path, use_safetensors=True)
 
 
-@pytest.mark.parametrize("scheduler", configs.COMPONENTS["scheduler"][1])
+@pytest.mark.parametrize("scheduler", FAMILY.components["scheduler"].classes)
 def test_every_scheduler_that_passes_the_check_renders(tmp_path: Path, scheduler: str) -> None:
     make_wan(tmp_path, scheduler=scheduler)
     inspect(tmp_path)

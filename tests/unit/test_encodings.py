@@ -8,9 +8,9 @@ from hpcdit.models.encodings import Encodings
 def encodings(most_bytes: int) -> tuple[Encodings, list[tuple[str, int]]]:
     calls: list[tuple[str, int]] = []
 
-    def encode(text: str, length: int) -> tuple[torch.Tensor, int]:
+    def encode(text: str, length: int) -> tuple[dict[str, torch.Tensor], int]:
         calls.append((text, length))
-        return torch.full((1, length, 250), float(len(calls))), len(text)
+        return {"text": torch.full((1, length, 250), float(len(calls)))}, len(text)
 
     return Encodings(encode, most_bytes), calls
 
@@ -18,7 +18,11 @@ def encodings(most_bytes: int) -> tuple[Encodings, list[tuple[str, int]]]:
 def test_equal_texts_of_equal_lengths_are_encoded_once() -> None:
     found, calls = encodings(1 << 20)
     for _ in range(3):
-        assert found("a", 2)[0].shape == (1, 2, 250) and found("", 2)[1] == 0 and found("a", 3)[0].shape[1] == 3
+        assert (
+            found("a", 2)[0]["text"].shape == (1, 2, 250)
+            and found("", 2)[1] == 0
+            and found("a", 3)[0]["text"].shape[1] == 3
+        )
     assert calls == [("a", 2), ("", 2), ("a", 3)]
 
 
@@ -31,4 +35,4 @@ def test_what_was_used_last_is_kept_and_memory_is_bounded() -> None:
     assert [text for text, _ in found._kept] == ["g", "mud", "h"]
     found("x" * 5000, 1)
     assert not found._kept and found._bytes == 0, "too large alone"
-    assert found("h", 1)[0][0, 0, 0] == len(calls) == 11
+    assert found("h", 1)[0]["text"][0, 0, 0] == len(calls) == 11

@@ -12,10 +12,11 @@ import torch
 
 from hpcdit.config import Sampling
 from hpcdit.models.base import Snapshot
-from hpcdit.models.configs import COMPONENTS
+from hpcdit.models.families.wan import FAMILY
 from hpcdit.models.loading import inspect
-from hpcdit.models.wan import Wan
+from hpcdit.models.pipeline import PipelineAdapter
 from hpcdit.render.checkpoints import FOLDER, Checkpoints, join, pack, unpack
+from hpcdit.render.engine import stack
 from hpcdit.render.manifest import Job
 from tests.checkpoints import make_wan
 from tests.unit.test_wan import Group, Member
@@ -32,28 +33,24 @@ def job(name: str, **changes: Any) -> Job:
 
 
 def denoise(
-    adapter: Wan,
+    adapter: PipelineAdapter,
     jobs: list[Job],
     start: Snapshot | None = None,
     on_step: Callable[[int, Callable[[], Snapshot]], None] = lambda *_: None,
 ) -> torch.Tensor:
     conditions = [adapter.encode(j.prompt, j.negative_prompt, True, 24) for j in jobs]
-    both = replace(
-        conditions[0],
-        prompt=torch.cat([c.prompt for c in conditions]),
-        negative=torch.cat([c.negative for c in conditions if c.negative is not None]),
-    )
+    both = stack(conditions)
     noise = torch.cat([adapter.noise(j.sampling.seed, *SIZE) for j in jobs])
     sequence = Member(Group(adapter.shape.tokens(*SIZE)), 0)
     return adapter.denoise(both, noise, STEPS, 4.0, sequence, on_step, None, start)
 
 
-@pytest.fixture(scope="module", params=COMPONENTS["scheduler"][1])
-def adapter(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Wan:
-    return Wan.load(inspect(make_wan(tmp_path_factory.mktemp("wan"), scheduler=request.param)))
+@pytest.fixture(scope="module", params=FAMILY.components["scheduler"].classes)
+def adapter(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> PipelineAdapter:
+    return PipelineAdapter.load(inspect(make_wan(tmp_path_factory.mktemp("wan"), scheduler=request.param)))
 
 
-def test_every_scheduler_goes_on_bit_by_bit_from_any_step(adapter: Wan) -> None:
+def test_every_scheduler_goes_on_bit_by_bit_from_any_step(adapter: PipelineAdapter) -> None:
     jobs = [job("cat", seed=3), job("dog", seed=4)]
     kept: list[bytes] = []
     each: list[list[bytes]] = []
@@ -77,7 +74,7 @@ def test_every_scheduler_goes_on_bit_by_bit_from_any_step(adapter: Wan) -> None:
     assert denoise(adapter, jobs).equal(whole), "and nothing is left of it in the adapter"
 
 
-def test_a_state_that_is_none_is_refused(adapter: Wan) -> None:
+def test_a_state_that_is_none_is_refused(adapter: PipelineAdapter) -> None:
     bad = Snapshot(1, adapter.noise(3, *SIZE), {"step": 3})
     with pytest.raises(ValueError, match="does not remember step"):
         denoise(adapter, [job("cat")], bad)

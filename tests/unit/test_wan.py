@@ -19,9 +19,9 @@ from hpcdit.errors import VideoError
 from hpcdit.kernels import cpu
 from hpcdit.kernels.base import Norm, Tables
 from hpcdit.models.base import OnStep, Snapshot
+from hpcdit.models.families.wan_blocks import GeluProjection
 from hpcdit.models.loading import inspect
-from hpcdit.models.wan import Wan
-from hpcdit.models.wan_blocks import GeluProjection
+from hpcdit.models.pipeline import PipelineAdapter
 from hpcdit.transport.base import Traffic
 from tests.attention_cases import UNTIMED
 from tests.checkpoints import make_wan
@@ -92,7 +92,8 @@ class Member:
         self.published[name] = F.linear(x, weight, bias)
         self.order.append(name)
 
-    def attend(self) -> torch.Tensor:
+    def attend(self, keys: torch.Tensor | None = None) -> torch.Tensor:
+        assert keys is None
         q, k, v = (self.published.pop(name) for name in "qkv")
         v = v.unflatten(2, k.shape[2:])
         if self.group.exchange:
@@ -108,7 +109,7 @@ class Member:
         return self.group.all_tokens(self.rank, x)
 
 
-def alone(adapter: Wan, case: Case) -> Member:
+def alone(adapter: PipelineAdapter, case: Case) -> Member:
     return Member(Group(adapter.shape.tokens(case.num_frames, case.height, case.width)), 0)
 
 
@@ -116,7 +117,9 @@ def nothing(step: int, snapshot: Callable[[], Snapshot]) -> None:
     pass
 
 
-def render(adapter: Wan, case: Case, sequence: Member | None = None, on_step: OnStep = nothing) -> np.ndarray:
+def render(
+    adapter: PipelineAdapter, case: Case, sequence: Member | None = None, on_step: OnStep = nothing
+) -> np.ndarray:
     guided = adapter.guided(case.guidance_scale)
     conditions = adapter.encode(case.prompt, case.negative_prompt, guided, case.max_sequence_length)
     noise = adapter.noise(case.seed, case.num_frames, case.height, case.width)
@@ -124,7 +127,7 @@ def render(adapter: Wan, case: Case, sequence: Member | None = None, on_step: On
     return adapter.decode(adapter.denoise(conditions, noise, case.steps, case.guidance_scale, sequence, on_step))
 
 
-def render_in_threads(adapters: Sequence[Wan], case: Case, group: Group) -> list[np.ndarray]:
+def render_in_threads(adapters: Sequence[PipelineAdapter], case: Case, group: Group) -> list[np.ndarray]:
     def work(rank: int) -> np.ndarray:
         try:
             return render(adapters[rank], case, Member(group, rank))
@@ -180,28 +183,28 @@ def unipc(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def tiny(euler: Path) -> Wan:
-    return Wan.load(inspect(euler))
+def tiny(euler: Path) -> PipelineAdapter:
+    return PipelineAdapter.load(inspect(euler))
 
 
 @pytest.fixture(scope="module")
-def demo() -> Wan:
-    return Wan.load(inspect(DEMO))
+def demo() -> PipelineAdapter:
+    return PipelineAdapter.load(inspect(DEMO))
 
 
 @pytest.fixture(scope="module")
-def several(unipc: Path) -> list[Wan]:
-    return [Wan.load(inspect(unipc)) for _ in range(3)]
+def several(unipc: Path) -> list[PipelineAdapter]:
+    return [PipelineAdapter.load(inspect(unipc)) for _ in range(3)]
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
-def test_one_rank_renders_what_the_pipeline_renders(tiny: Wan, euler: Path, case: Case) -> None:
+def test_one_rank_renders_what_the_pipeline_renders(tiny: PipelineAdapter, euler: Path, case: Case) -> None:
     assert levels_apart(render(tiny, case), reference(euler, case)) == 0
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 5.0])
 def test_the_scheduler_is_the_one_that_the_checkpoint_names(
-    several: list[Wan], unipc: Path, euler: Path, guidance_scale: float
+    several: list[PipelineAdapter], unipc: Path, euler: Path, guidance_scale: float
 ) -> None:
     case = Case(guidance_scale=guidance_scale, steps=4)
     frames = render(several[0], case)
@@ -217,12 +220,12 @@ def test_the_scheduler_is_the_one_that_the_checkpoint_names(
     ],
     ids=["guided", "empty prompt, unguided"],
 )
-def test_the_demo_model_renders_what_the_pipeline_renders(demo: Wan, case: Case) -> None:
+def test_the_demo_model_renders_what_the_pipeline_renders(demo: PipelineAdapter, case: Case) -> None:
     assert levels_apart(render(demo, case), reference(DEMO, case)) == 0
 
 
 def test_half_precision_is_the_transformers_alone(euler: Path) -> None:
-    frames = render(Wan.load(inspect(euler), "bfloat16"), Case())
+    frames = render(PipelineAdapter.load(inspect(euler), "bfloat16"), Case())
     assert levels_apart(frames, reference(euler, Case(), torch.bfloat16)) == 0
     assert levels_apart(frames, reference(euler, Case())) > 0
 
@@ -230,20 +233,20 @@ def test_half_precision_is_the_transformers_alone(euler: Path) -> None:
 @pytest.mark.parametrize("counts", [(45,), (7, 38), (20, 1, 24)], ids=str)
 @pytest.mark.parametrize("guidance_scale", [1.0, 4.0])
 def test_every_rank_gets_the_frames_of_one_process(
-    several: list[Wan], unipc: Path, counts: tuple[int, ...], guidance_scale: float
+    several: list[PipelineAdapter], unipc: Path, counts: tuple[int, ...], guidance_scale: float
 ) -> None:
     case = Case(guidance_scale=guidance_scale)
     for frames in render_in_threads(several, case, Group(*counts)):
         assert levels_apart(frames, reference(unipc, case)) <= 1
 
 
-def test_without_the_exchange_of_keys_and_values_the_frames_differ(several: list[Wan], unipc: Path) -> None:
+def test_without_the_exchange_of_keys_and_values_the_frames_differ(several: list[PipelineAdapter], unipc: Path) -> None:
     for frames in render_in_threads(several, Case(), Group(7, 38, exchange=False)):
         assert levels_apart(frames, reference(unipc, Case())) > 20
 
 
 @pytest.mark.parametrize("tensors", ["vkq", "qvk"])
-def test_tensors_are_published_in_the_order_that_is_asked_for(tiny: Wan, tensors: str) -> None:
+def test_tensors_are_published_in_the_order_that_is_asked_for(tiny: PipelineAdapter, tensors: str) -> None:
     case = Case(guidance_scale=1.0, steps=2)
     sequence = alone(tiny, case)
     sequence.tensors = tensors
@@ -251,14 +254,14 @@ def test_tensors_are_published_in_the_order_that_is_asked_for(tiny: Wan, tensors
     assert sequence.order == list(tensors) * tiny.shape.layers * case.steps
 
 
-def test_prompt_size_and_seed_all_show(tiny: Wan) -> None:
+def test_prompt_size_and_seed_all_show(tiny: PipelineAdapter) -> None:
     frames = render(tiny, Case())
     others = (Case(prompt="a dog"), Case(negative_prompt="a dog"), Case(guidance_scale=2.0), Case(seed=8))
     for other in others:
         assert levels_apart(render(tiny, other), frames) > 1
 
 
-def test_noise_depends_on_the_seed_alone(tiny: Wan) -> None:
+def test_noise_depends_on_the_seed_alone(tiny: PipelineAdapter) -> None:
     torch.manual_seed(1)
     first = tiny.noise(3, 9, 48, 80)
     torch.manual_seed(2)
@@ -266,14 +269,14 @@ def test_noise_depends_on_the_seed_alone(tiny: Wan) -> None:
     assert first.shape == (1, *tiny.shape.latents(9, 48, 80)) and first.dtype == torch.float32
 
 
-def test_tokens_beyond_the_limit_are_counted(tiny: Wan) -> None:
+def test_tokens_beyond_the_limit_are_counted(tiny: PipelineAdapter) -> None:
     conditions = tiny.encode("a red circle", "the cat on the sea and the sky", True, 5)  # each with an end mark
     assert (conditions.prompt_cut, conditions.negative_cut) == (0, 4)
     conditions = tiny.encode("  a   red\ncircle ", "", False, 3)
     assert (conditions.prompt_cut, conditions.negative_cut, conditions.negative) == (1, 0, None)
 
 
-def test_each_step_is_reported_once_at_its_end(tiny: Wan) -> None:
+def test_each_step_is_reported_once_at_its_end(tiny: PipelineAdapter) -> None:
     steps: list[int] = []
     render(tiny, Case(steps=4), on_step=lambda step, _: steps.append(step))
     assert steps == [0, 1, 2, 3]
@@ -283,7 +286,9 @@ class Stop(Exception):
     pass
 
 
-def test_a_stop_after_a_step_leaves_the_adapter_fit_for_another_video(several: list[Wan], unipc: Path) -> None:
+def test_a_stop_after_a_step_leaves_the_adapter_fit_for_another_video(
+    several: list[PipelineAdapter], unipc: Path
+) -> None:
     def stop(step: int, snapshot: Callable[[], Snapshot]) -> None:
         if step == 1:
             raise Stop
@@ -295,7 +300,7 @@ def test_a_stop_after_a_step_leaves_the_adapter_fit_for_another_video(several: l
 
 @pytest.mark.parametrize("call", ["publish", "attend", "gather"])
 def test_a_failed_exchange_leaves_the_adapter_fit_for_another_video(
-    several: list[Wan], unipc: Path, monkeypatch: pytest.MonkeyPatch, call: str
+    several: list[PipelineAdapter], unipc: Path, monkeypatch: pytest.MonkeyPatch, call: str
 ) -> None:
     def fail(*args: object) -> None:
         raise Stop
@@ -307,7 +312,7 @@ def test_a_failed_exchange_leaves_the_adapter_fit_for_another_video(
     assert levels_apart(render(several[0], Case()), reference(unipc, Case())) == 0
 
 
-def test_one_video_is_decoded_while_another_is_denoised(several: list[Wan], unipc: Path) -> None:
+def test_one_video_is_decoded_while_another_is_denoised(several: list[PipelineAdapter], unipc: Path) -> None:
     def work(seed: int) -> np.ndarray:
         return several[0].decode(latents[seed])
 
@@ -326,11 +331,11 @@ def test_one_video_is_decoded_while_another_is_denoised(several: list[Wan], unip
         assert levels_apart(future.result(), reference(unipc, replace(case, seed=seed))) == 0
 
 
-def test_a_guidance_scale_of_one_or_less_takes_no_negative_prompt(tiny: Wan) -> None:
+def test_a_guidance_scale_of_one_or_less_takes_no_negative_prompt(tiny: PipelineAdapter) -> None:
     assert [tiny.guided(scale) for scale in (0.0, 1.0, 1.01, 5.0)] == [False, False, True, True]
 
 
-def test_guidance_without_an_encoded_negative_prompt_is_refused(tiny: Wan) -> None:
+def test_guidance_without_an_encoded_negative_prompt_is_refused(tiny: PipelineAdapter) -> None:
     case = Case()
     conditions = tiny.encode(case.prompt, case.negative_prompt, False, case.max_sequence_length)
     noise = tiny.noise(0, case.num_frames, case.height, case.width)
@@ -346,7 +351,7 @@ def test_a_fused_gelu_is_its_layer_and_gelu_under_the_same_names() -> None:
     assert torch.allclose(fused(x), F.gelu(plain.proj(x)), rtol=0, atol=1e-12)  # on a CPU; tests/gpu has the rest
 
 
-def test_latents_that_are_not_numbers_make_no_frames(tiny: Wan) -> None:
+def test_latents_that_are_not_numbers_make_no_frames(tiny: PipelineAdapter) -> None:
     noise = tiny.noise(0, 9, 48, 80)
     noise[0, 0, 0, 0, 0] = float("nan")
     with pytest.raises(VideoError):
@@ -354,5 +359,5 @@ def test_latents_that_are_not_numbers_make_no_frames(tiny: Wan) -> None:
 
 
 def test_loading_and_rendering_print_nothing(euler: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    render(Wan.load(inspect(euler)), Case(prompt=LONG))
+    render(PipelineAdapter.load(inspect(euler)), Case(prompt=LONG))
     assert capfd.readouterr() == ("", "")

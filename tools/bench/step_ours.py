@@ -1,4 +1,4 @@
-"""hpcdit's own variants of a denoising step, for other programs: as `hpcdit.models.wan` and the engine set them up."""
+"""hpcdit's own variants of a denoising step, for other programs: as `hpcdit.models` and the engine set them up."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -12,9 +12,10 @@ from hpcdit.attention.schedule import Shape
 from hpcdit.attention.session import SequenceParallel
 from hpcdit.cluster import Cluster, World
 from hpcdit.device import Device
+from hpcdit.models.families.wan_blocks import compile_blocks, share
 from hpcdit.models.graphs import Passes
-from hpcdit.models.wan import Guidance
-from hpcdit.models.wan_blocks import Split, compile_blocks
+from hpcdit.models.guidance import Guidance
+from hpcdit.models.split import Split
 from hpcdit.output.trace import Trace
 from hpcdit.planner.calibrate import calibrate
 from hpcdit.planner.costs import Costs
@@ -78,14 +79,16 @@ class Ours:
         sequence = SequenceParallel(
             plan.schedule(), shape, transport, self.device.kernels, DTYPE, spans, channels
         )  # fmt: skip
-        split = Split(transformer)
+        split = Split()
+        share(transformer, split)
         split.sequence = sequence
         if self.device.cuda:
             compile_blocks(transformer)
         passes = Passes(transformer.forward, graph=self.device.cuda)
         passes.begin(sequence)
         transformer.forward = passes
-        Guidance(transformer).begin(halves, negative)
+        guidance = Guidance(transformer, {"negative": "encoder_hidden_states"})
+        guidance.begin(halves, None if negative is None else {"negative": negative}, noise.shape)
 
         def close() -> None:
             passes.begin(None)

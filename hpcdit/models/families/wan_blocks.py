@@ -6,41 +6,40 @@ import torch
 from diffusers.models.activations import GELU
 from torch import Tensor
 
-from .base import Sequence
+from ..split import VIDEO, Split
 
 
-class Split:
-    """Lets a transformer compute one rank's tokens; is itself the processor of every self-attention.
+def share(model: Any, split: Split) -> None:
+    """Lets a transformer compute one rank's tokens."""
+    attention, cross = Attention(split), Cross(split)
+    for block in model.blocks:
+        block.attn1.set_processor(attention)
+        block.attn2.set_processor(cross)
 
-    `sequence` is that of the video at hand: there while `Wan.denoise` runs.
-    """
+    def here() -> slice:
+        return slice(split.sequence.tokens.start, split.sequence.tokens.stop)
 
-    sequence: Sequence
-
-    def __init__(self, model: Any) -> None:
-        cross = Cross(self)
-        for block in model.blocks:
-            block.attn1.set_processor(self)
-            block.attn2.set_processor(cross)
-        model.blocks[0].register_forward_pre_hook(self._keep)
-        model.rope.register_forward_hook(self._cut)
-        model.proj_out.register_forward_hook(self._gather)
-
-    def _keep(self, block: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        hidden_states, *others = args
-        return (hidden_states[:, self._slice], *others)
-
-    def _cut(self, rope: Any, args: Any, tables: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    def halved(rope: Any, args: Any, tables: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """Cuts the rotary tables, [1, L, 1, D] with each value twice, down to [tokens, 1, D/2]."""
         cos, sin = tables
-        return cos[0, self._slice, :, 0::2].contiguous(), sin[0, self._slice, :, 1::2].contiguous()
+        return cos[0, here(), :, 0::2].contiguous(), sin[0, here(), :, 1::2].contiguous()
 
-    def _gather(self, proj_out: Any, args: Any, output: Tensor) -> Tensor:
-        return self.sequence.gather(output)
+    def of_tokens(embedder: Any, args: Any, found: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+        """Cuts embeddings of timesteps where each token has its own, as in Wan 2.2 5B: [B, L, C]."""
+        times, others = found[:2], found[2:]
+        return *(x[:, here()] if x is not None and x.ndim == 3 else x for x in times), *others
 
-    @property
-    def _slice(self) -> slice:
-        return slice(self.sequence.tokens.start, self.sequence.tokens.stop)
+    model.rope.register_forward_hook(halved)
+    model.condition_embedder.register_forward_hook(of_tokens)
+    split.blocks(model.blocks, {"hidden_states": VIDEO})
+    split.end(model.proj_out)
+
+
+class Attention:
+    """The processor of every self-attention: each of q, k, v leaves for the other ranks as soon as it is there."""
+
+    def __init__(self, split: Split) -> None:
+        self._split = split
 
     @torch.compiler.disable  # what it publishes, others wait for: nothing that a compiler may move
     def __call__(
@@ -52,14 +51,15 @@ class Split:
         rotary_emb: tuple[Tensor, Tensor],
     ) -> Tensor:
         """Self-attention of [B, tokens, C]: WanAttnProcessor's steps, each part published at once."""
-        for name in self.sequence.tensors:
+        sequence = self._split.sequence
+        for name in sequence.tensors:
             layer = getattr(attn, f"to_{name}")
             if name == "v":
-                self.sequence.project(name, hidden_states, layer.weight, layer.bias)
+                sequence.project(name, hidden_states, layer.weight, layer.bias)
             else:
                 x, norm = layer(hidden_states).unflatten(2, (attn.heads, -1)), getattr(attn, f"norm_{name}")
-                self.sequence.publish(name, x, (norm.weight, norm.eps), rotary_emb)
-        out = self.sequence.attend().flatten(2).type_as(hidden_states)
+                sequence.publish(name, x, (norm.weight, norm.eps), rotary_emb)
+        out = sequence.attend().flatten(2).type_as(hidden_states)
         for layer in attn.to_out:
             out = layer(out)
         return out

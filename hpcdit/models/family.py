@@ -1,0 +1,123 @@
+"""What a model family must say. No torch, no diffusers: checkpoint folders are checked by it before either is loaded.
+
+A family is a description of diffusers' own pipeline and transformer. `pipeline.PipelineAdapter` does with it what all
+families have in common.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Generator, Tensor
+
+    from .base import Encoding
+    from .configs import Config
+    from .loading import ModelFolder, ModelShape
+    from .split import Split
+
+DIFFUSERS, TRANSFORMERS = "diffusers", "transformers"
+
+
+@dataclass(frozen=True)
+class Component:
+    """A part of a checkpoint: which library holds its class, and which classes are supported.
+
+    weights: what its weight files are called, "" where it has none; config: the file with its configuration; needed:
+    whether every checkpoint of the family has it. defaults: diffusers' own, for keys that its configuration leaves out.
+    """
+
+    library: str
+    classes: tuple[str, ...]
+    weights: str = ""
+    config: str = "config.json"
+    needed: bool = True
+    defaults: Mapping[str, Any] | None = None
+
+
+def parts(**components: Component) -> Mapping[str, Component]:
+    """What a family's checkpoints consist of, by the names of their folders."""
+    return components
+
+
+def model(name: str, defaults: Mapping[str, Any], needed: bool = True) -> Component:
+    """A model of diffusers, of one class."""
+    return Component(DIFFUSERS, (name,), "diffusion_pytorch_model", needed=needed, defaults=defaults)
+
+
+def encoder(*classes: str, needed: bool = True) -> Component:
+    """A model of transformers."""
+    return Component(TRANSFORMERS, classes, "model", needed=needed)
+
+
+def tokenizer(*classes: str) -> Component:
+    """Of one of these classes, or of those that transformers puts in their place."""
+    replaced = "TokenizersBackend", "PreTrainedTokenizerFast", "AutoTokenizer"
+    return Component(TRANSFORMERS, (*classes, *replaced), config="tokenizer_config.json")
+
+
+def scheduler(*classes: str) -> Component:
+    """Schedulers that draw noise of their own are not to be among them: every rank would draw another."""
+    return Component(DIFFUSERS, classes, config="scheduler_config.json")
+
+
+class Family(ABC):
+    """One family; without state.
+
+    pipelines: its classes in model_index.json. components: what they consist of. classifier_free: whether guidance
+    takes two predictions; else the scale is one of the transformer's inputs. scale: what the pipeline calls it. asked:
+    what the transformer calls those parts of an encoded prompt in which two predictions differ. masked: whether keys
+    are left out of attention, which no CUDA graph can be made of.
+    """
+
+    pipelines: tuple[str, ...]
+    components: Mapping[str, Component]
+    classifier_free: bool = True
+    scale: str = "guidance_scale"
+    asked: Mapping[str, str] = {"prompt_embeds": "encoder_hidden_states"}
+    masked: bool = False
+
+    @abstractmethod
+    def check(self, index: "Config", found: Mapping[str, "Config"]) -> None:
+        """Raises InputError unless the parts, of which these are the configurations, fit each other."""
+
+    def tensors(self, part: str, config: "Config") -> Mapping[str, tuple[int, ...] | None]:
+        """Some tensors of the weights of `part` if they are what `config` says, and their shapes; None: not there."""
+        return {}
+
+    @abstractmethod
+    def shape(self, folder: "ModelFolder") -> "ModelShape":
+        """The model's numbers, from its checked configurations."""
+
+    @abstractmethod
+    def split(self, model: Any, split: "Split") -> None:
+        """Tells `split` what of the transformer is cut along tokens."""
+
+    def compile(self, transformer: Any) -> None:
+        """On a GPU, with model.compile: what torch.compile is to make of it."""
+        transformer.compile_repeated_blocks(dynamic=False)
+
+    @abstractmethod
+    def encode(self, pipe: Any, text: str, limit: int) -> "tuple[Encoding, int]":
+        """An encoded prompt, and how many of its tokens were cut off; limit: max_sequence_length."""
+
+    @abstractmethod
+    def noise(self, pipe: Any, num_frames: int, height: int, width: int, generator: "Generator") -> "Tensor":
+        """What the pipeline starts from: [1, C, f, h, w]."""
+
+    def pack(self, latents: "Tensor") -> "Tensor":
+        """Latents [B, C, f, h, w] as the pipeline takes them."""
+        return latents
+
+    def unpack(self, latents: "Tensor", like: "Tensor") -> "Tensor":
+        """Undoes `pack`; like: what was packed."""
+        return latents
+
+    def options(self, pipe: Any, latents: "Tensor") -> dict[str, Any]:
+        """What the pipeline is told beside prompts, sizes, steps, scale and latents [B, C, f, h, w]."""
+        return {}
+
+    @abstractmethod
+    def decode(self, pipe: Any, latents: "Tensor") -> "Tensor":
+        """One video's pixels, [1, 3, F, H, W] from -1 to 1, of latents [1, C, f, h, w]; the pipeline's own bits."""

@@ -1,0 +1,171 @@
+"""All families' adapter, over diffusers' own pipelines.
+
+Text encoding, noise, denoising loop, guidance and scheduler are the pipeline's. Only the transformer's blocks are
+shared out, see `split`. All of it by diffusers' and torch's public hooks; what is a family's own its `Family` says.
+"""
+
+from typing import Any, Self
+
+import diffusers
+import numpy as np
+import torch
+import transformers
+from torch import Tensor
+
+from hpcdit.command_line import one_line
+from hpcdit.errors import InputError, VideoError
+
+from .base import Adapter, Conditions, Encoding, Halves, OnStep, Sequence, Snapshot
+from .encodings import Encodings
+from .families import families
+from .graphs import Passes
+from .guidance import Guidance
+from .loading import ModelFolder, check_loaded, shape
+from .resume import resumed, state
+from .rows import cuttable
+from .split import Split
+
+
+class PipelineAdapter(Adapter):
+    def __init__(self, pipe: Any, folder: ModelFolder, graph: bool = False) -> None:
+        self.shape, self._family = shape(folder), families()[folder.family]
+        self._pipe = pipe
+        self._splits, self._passes, self._guidances = list[Split](), list[Passes](), list[Guidance]()
+        for transformer in transformers_of(pipe):
+            split = Split()
+            self._family.split(transformer, split)
+            passes = transformer.forward = Passes(transformer.forward, graph)
+            self._splits.append(split)
+            self._passes.append(passes)
+            self._guidances.append(Guidance(transformer, self._family.asked))
+        self._encodings = Encodings(lambda text, limit: self._family.encode(pipe, text, limit))
+
+    @classmethod
+    def load(
+        cls,
+        folder: ModelFolder,
+        dtype: str = "float32",
+        device: torch.device | None = None,
+        compiled: bool = False,
+        graph: bool = False,
+    ) -> Self:
+        for library in (diffusers, transformers):  # n ranks would print n progress bars
+            library.utils.logging.set_verbosity_error()
+            library.utils.logging.disable_progress_bar()
+        # The VAE stays in float32, as in Wan's own examples: in half precision it shows.
+        dtypes = {"default": getattr(torch, dtype), "vae": torch.float32}
+        options: Any = {"dtype": dtypes, "use_safetensors": True, "local_files_only": True}
+        try:
+            pipe: Any = getattr(diffusers, folder.pipeline).from_pretrained(folder.path, **options)
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # each library has its own for a folder whose parts do not fit each other
+            raise InputError(f"{folder.path}: diffusers cannot load it: {one_line(str(error))}") from error
+        for part in folder.weights:
+            tensors = getattr(pipe, part).state_dict(keep_vars=True)
+            check_loaded(folder, part, {name: tensor.data_ptr() for name, tensor in tensors.items()})
+        pipe.set_progress_bar_config(disable=True)
+        cuda = device is not None and device.type == "cuda"
+        if cuda:
+            pipe.to(device)
+            if compiled:
+                for transformer in transformers_of(pipe):
+                    families()[folder.family].compile(transformer)
+        return cls(pipe, folder, graph and cuda)
+
+    @property
+    def by_rows(self) -> bool:
+        return cuttable(self._pipe.vae)
+
+    def guided(self, guidance_scale: float) -> bool:
+        return self.shape.guided(guidance_scale)
+
+    @torch.no_grad()
+    def encode(self, prompt: str, negative_prompt: str, guided: bool, max_sequence_length: int) -> Conditions:
+        positive, prompt_cut = self._encodings(prompt, max_sequence_length)
+        if not guided:
+            return Conditions(positive, None, prompt_cut)
+        negative, negative_cut = self._encodings(negative_prompt, max_sequence_length)
+        return Conditions(positive, negative, prompt_cut, negative_cut)
+
+    def noise(self, seed: int, num_frames: int, height: int, width: int) -> Tensor:
+        generator = torch.Generator("cpu").manual_seed(seed)
+        return self._family.noise(self._pipe, num_frames, height, width, generator)
+
+    def denoise(
+        self,
+        conditions: Conditions,
+        noise: Tensor,
+        steps: int,
+        guidance_scale: float,
+        sequence: Sequence,
+        on_step: OnStep,
+        halves: Halves | None = None,
+        start: Snapshot | None = None,
+    ) -> Tensor:
+        guided = self.guided(guidance_scale)
+        if guided and conditions.negative is None:
+            raise ValueError(f"guidance_scale {guidance_scale} wants conditions encoded with guided=True")
+
+        def on_step_end(pipe: Any, step: int, timestep: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+            def snapshot() -> Snapshot:
+                latents = tensors["latents"].to("cpu", copy=True)
+                return Snapshot(first + step + 1, latents, state(pipe.scheduler))
+
+            on_step(first + step, snapshot)
+            return {}
+
+        packed = self._family.pack(noise)
+        first, latents = (0, packed) if start is None else (start.step, start.latents.to(noise.device))
+        negative = conditions.negative if guided else None
+        self._begin(sequence, halves, negative, noise.shape)
+        try:
+            with resumed(self._pipe.scheduler, start, latents):
+                found = self._pipe(
+                    **conditions.prompt,
+                    **{f"negative_{name}": x for name, x in (negative or {}).items()},
+                    **{self._family.scale: guidance_scale},
+                    **self._sizes(noise),
+                    **self._family.options(self._pipe, noise),
+                    latents=latents,
+                    num_inference_steps=steps,
+                    output_type="latent",
+                    return_dict=False,
+                    callback_on_step_end=on_step_end,
+                )[0]
+            return self._family.unpack(found, noise)
+        finally:
+            self._end()
+
+    def _sizes(self, latents: Tensor) -> dict[str, int]:
+        frames, rows, columns = latents.shape[2:]
+        sizes = {"height": rows * self.shape.vae_spatial, "width": columns * self.shape.vae_spatial}
+        if not self.shape.images:
+            sizes["num_frames"] = (frames - 1) * self.shape.vae_temporal + 1
+        return sizes
+
+    def _begin(self, sequence: Sequence, halves: Halves | None, negative: Encoding | None, like: torch.Size) -> None:
+        for split, passes, guidance in zip(self._splits, self._passes, self._guidances, strict=True):
+            split.sequence = sequence
+            passes.begin(sequence)
+            guidance.begin(halves, negative, like)
+
+    def _end(self) -> None:
+        for split, guidance in zip(self._splits, self._guidances, strict=True):
+            del split.sequence  # and with it, if nobody else holds it, its memory
+            guidance.begin(None, None, torch.Size())
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> np.ndarray:
+        vae = self._pipe.vae
+        video = self._family.decode(self._pipe, latents.to(vae.device, vae.dtype))
+        frames = (video[0].permute(1, 2, 3, 0) * 0.5 + 0.5).clamp(0, 1).cpu().float().numpy()
+        if not np.isfinite(frames).all():
+            raise VideoError("the decoded frames hold values that are not numbers")
+        return (frames * 255).round().astype(np.uint8)
+
+
+def transformers_of(pipe: Any) -> list[Any]:
+    """The transformers of a pipeline, in the order in which they work."""
+    found = [getattr(pipe, name, None) for name in ("transformer", "transformer_2")]
+    return [transformer for transformer in found if transformer is not None]
