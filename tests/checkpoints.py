@@ -53,12 +53,14 @@ def make_wan(
     seed: int = 0,
     experts: int = 1,
     fine: bool = False,
+    image: str = "",
 ) -> Path:
     """Writes a random WanPipeline folder by diffusers' own classes; the same seed, the same bytes.
 
     The sizes divide nothing; a latent is 4 frames by 8 by 8 pixels. The weights are scaled so that every part
     matters: attention is peaked, gates are open, frames use the whole range of levels.
     experts: 2 as in Wan 2.2 A14B; fine: a VAE of patches, and a timestep a token, as in Wan 2.2 5B.
+    image: encoded or latents: the model starts from a picture, as in Wan 2.1 and 2.2.
     scheduler: a class name of diffusers. max_shard_size: a small one ("50KB") gives sharded weights.
     """
     import torch
@@ -72,7 +74,9 @@ def make_wan(
                 patch_size=patch,
                 num_attention_heads=heads,
                 attention_head_dim=head_dim,
-                in_channels=z_dim,
+                in_channels=2 * z_dim + 4 if image and not fine else z_dim,
+                image_dim=12 if image == "encoded" else None,
+                added_kv_proj_dim=heads * head_dim if image == "encoded" else None,
                 out_channels=z_dim,
                 text_dim=text_dim,
                 freq_dim=32,
@@ -92,7 +96,7 @@ def make_wan(
             latents_mean=[0.1 * i - 0.2 for i in range(z_dim)],
             latents_std=[1.0 + 0.1 * i for i in range(z_dim)],
         )
-        tokenizer = _tokenizer(words, max_tokens)
+        tokenizer = made_of(words, max_tokens)
         text_encoder: Any = UMT5EncoderModel(
             UMT5Config(
                 vocab_size=len(tokenizer),
@@ -112,9 +116,37 @@ def make_wan(
                 part.to(getattr(torch, dtype))
         ratio = {"transformer_2": others[0], "boundary_ratio": 0.8} if others else {}
         made = _scheduler(scheduler)
-        pipe: Any = WanPipeline(tokenizer, text_encoder, vae, made, transformer, expand_timesteps=fine, **ratio)
+        pipe: Any
+        if image:
+            pipe = _from_image(image, tokenizer, text_encoder, vae, made, transformer, expand_timesteps=fine, **ratio)
+        else:
+            pipe = WanPipeline(tokenizer, text_encoder, vae, made, transformer, expand_timesteps=fine, **ratio)
         pipe.save_pretrained(folder, max_shard_size=max_shard_size)
     return folder
+
+
+def _from_image(
+    image: str, tokenizer: Any, text_encoder: Any, vae: Any, scheduler: Any, *more: Any, **rest: Any
+) -> Any:
+    from diffusers import WanImageToVideoPipeline
+    from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
+
+    parts: tuple[Any, Any] = (None, None)
+    if image == "encoded":
+        sizes = {"hidden_size": 12, "intermediate_size": 20, "num_hidden_layers": 2, "num_attention_heads": 2}
+        vision = CLIPVisionModel(CLIPVisionConfig(image_size=8, patch_size=4, **sizes))
+        parts = CLIPImageProcessor(size={"shortest_edge": 8}, crop_size=8), vision
+    return WanImageToVideoPipeline(tokenizer, text_encoder, vae, scheduler, *parts, *more, **rest)
+
+
+def write_picture(path: Path, size: tuple[int, int] = (70, 50)) -> Path:
+    """Writes a PNG of colours that run into each other."""
+    import numpy as np
+    from PIL import Image
+
+    rows, columns = np.mgrid[: size[1], : size[0]]
+    Image.fromarray(np.stack([rows * 5, columns * 3, (rows * columns) // 16], 2).astype(np.uint8)).save(path)
+    return path
 
 
 def _stir(transformer: Any) -> None:
@@ -130,22 +162,29 @@ def _stir(transformer: Any) -> None:
             weight.mul_(2.0)
 
 
-def _stretch(vae: Any) -> None:
-    """Makes a fresh VAE's picture come from the latents, not from biases, and use the range of levels."""
+def stretch(vae: Any, latents: Any) -> None:
+    """Makes a fresh VAE's picture come from the latents, which are typical, not from biases, and use all levels."""
     import torch
 
     for name, weight in vae.decoder.named_parameters():
         if name.endswith("bias"):
             weight.zero_()
+    seen: list[torch.Tensor] = []
+    last = vae.decoder.conv_out
+    hook = last.register_forward_hook(lambda module, args, out: seen.append(out[0] if isinstance(out, tuple) else out))
+    vae.decode(latents)
+    hook.remove()
+    for weight in last.parameters():
+        weight.mul_(0.35 / torch.stack([part.std() for part in seen]).mean())
+
+
+def _stretch(vae: Any) -> None:
+    import torch
+
     latents = torch.randn(1, vae.config.z_dim, 2, 4, 6)
     std = torch.tensor(vae.config.latents_std).view(1, -1, 1, 1, 1)
     mean = torch.tensor(vae.config.latents_mean).view(1, -1, 1, 1, 1)
-    seen: list[torch.Tensor] = []
-    last = vae.decoder.conv_out
-    hook = last.register_forward_hook(lambda module, args, out: seen.append(out))
-    vae.decode(latents * std + mean)
-    hook.remove()
-    last.weight.mul_(0.35 / torch.cat(seen, dim=2).std())
+    stretch(vae, latents * std + mean)
 
 
 def _scheduler(name: str) -> Any:
@@ -156,12 +195,12 @@ def _scheduler(name: str) -> Any:
     return getattr(diffusers, name)(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
 
 
-def _tokenizer(words: Sequence[str], max_tokens: int) -> Any:
+def made_of(known: Sequence[str], max_tokens: int) -> Any:
     """One token a word, as the demo model's: unknown words are all alike, an end mark closes each prompt."""
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
-    ids = {word: i for i, word in enumerate(["<pad>", "</s>", "<unk>", *words])}
+    ids = {word: i for i, word in enumerate(["<pad>", "</s>", "<unk>", *known])}
     words_only = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
     words_only.normalizer = normalizers.Lowercase()
     words_only.pre_tokenizer = pre_tokenizers.Whitespace()

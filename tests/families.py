@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from tests.checkpoints import make_wan
+from tests.checkpoints import WORDS, made_of, make_wan, stretch, write_picture
 
 PROMPTS = ("a red circle moving left on the sea", "grey", 3), ("the cat", "a red circle on the sky", 8)
-STEPS = 3
+STEPS = 2
 
 
 @dataclass(frozen=True)
@@ -28,12 +28,14 @@ class Example:
     named: str = "guidance_scale"
     guided: bool = True
     images: bool = False
+    image: bool = False
     options: dict[str, Any] = field(default_factory=dict)
 
     def reference(self, folder: Path, prompt: str, negative: str, seed: int) -> np.ndarray:
         """Levels [F, H, W, 3] of diffusers' own pipeline, on one process."""
         import torch
         from diffusers import DiffusionPipeline
+        from diffusers.utils import load_image
 
         pipe: Any = DiffusionPipeline.from_pretrained(folder)
         pipe.set_progress_bar_config(disable=True)
@@ -44,6 +46,7 @@ class Example:
             **{self.named: self.scale},
             **sizes,
             **self.options,
+            **({"image": load_image(str(picture(folder)))} if self.image else {}),
             num_inference_steps=STEPS,
             max_sequence_length=self.length,
             generator=torch.Generator().manual_seed(seed),
@@ -53,7 +56,185 @@ class Example:
         return (frames * 255).round().astype(np.uint8)
 
 
+def picture(folder: Path) -> Path:
+    """The picture that videos of the checkpoint in `folder` start from."""
+    path = folder.with_suffix(".png")
+    return path if path.exists() else write_picture(path)
+
+
+def t5(width: int, vocabulary: int) -> Any:
+    from transformers import T5Config, T5EncoderModel
+
+    return T5EncoderModel(T5Config(vocab_size=vocabulary, d_model=width, d_kv=4, d_ff=20, num_layers=1, num_heads=3))
+
+
+def clip(width: int, vocabulary: int) -> Any:
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    sizes = {"hidden_size": width, "intermediate_size": 20, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return CLIPTextModel(CLIPTextConfig(vocab_size=vocabulary, eos_token_id=1, **sizes))
+
+
+def make(folder: Path, build: Callable[[Any], Any]) -> None:
+    """Writes the pipeline that `build` makes of a tokenizer: random, every part of its transformer of weight."""
+    import torch
+
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(0)
+        pipe = build(made_of(WORDS, 77))
+        for name, weight in pipe.transformer.named_parameters():
+            if ".linear." in name or "scale_shift" in name or "_mod." in name:  # gates are open
+                weight.copy_(torch.randn_like(weight) * (0.5 if weight.ndim == 1 else 0.1))
+            elif "to_q" in name or "to_k" in name or "to_v" in name or "add_" in name or "proj_out" in name:
+                weight.mul_(2.0)
+        of = pipe.vae.config
+        channels = of.get("latent_channels") or of.z_dim
+        stretch(pipe.vae, torch.randn(1, channels, *((2, 4, 6) if type(pipe.vae).__name__[-2:] != "KL" else (4, 6))))
+        pipe.save_pretrained(folder)
+
+
+def cogvideox(tokenizer: Any, rotary: bool) -> Any:
+    import diffusers
+
+    transformer: Any = diffusers.CogVideoXTransformer3DModel(
+        num_attention_heads=5,
+        attention_head_dim=16,
+        in_channels=4,
+        out_channels=4,
+        time_embed_dim=10,
+        text_embed_dim=12,
+        num_layers=2,
+        sample_width=8,
+        sample_height=6,
+        sample_frames=9,
+        max_text_seq_length=24,
+        use_rotary_positional_embeddings=rotary,
+    )
+    vae: Any = diffusers.AutoencoderKLCogVideoX(
+        block_out_channels=(8, 8, 8, 8), latent_channels=4, layers_per_block=1, norm_num_groups=2
+    )
+    scheduler: Any = diffusers.CogVideoXDDIMScheduler(prediction_type="v_prediction", rescale_betas_zero_snr=True)
+    return diffusers.CogVideoXPipeline(tokenizer, t5(12, len(tokenizer)), vae, transformer, scheduler)
+
+
+def flux(tokenizer: Any) -> Any:
+    import diffusers
+
+    transformer: Any = diffusers.FluxTransformer2DModel(
+        in_channels=16,
+        num_layers=2,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=5,
+        joint_attention_dim=12,
+        pooled_projection_dim=14,
+        guidance_embeds=True,
+        axes_dims_rope=(4, 6, 6),
+    )
+    vae: Any = diffusers.AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(8, 8, 8, 8),
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=2,
+        shift_factor=0.1,
+        scaling_factor=0.4,
+    )
+    scheduler: Any = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    encoders = clip(14, len(tokenizer)), tokenizer, t5(12, len(tokenizer)), tokenizer
+    return diffusers.FluxPipeline(scheduler, vae, *encoders, transformer)
+
+
+def ltx(tokenizer: Any) -> Any:
+    import diffusers
+
+    transformer: Any = diffusers.LTXVideoTransformer3DModel(
+        in_channels=6,
+        out_channels=6,
+        num_attention_heads=5,
+        attention_head_dim=14,
+        cross_attention_dim=70,
+        num_layers=2,
+        caption_channels=12,
+    )
+    vae: Any = diffusers.AutoencoderKLLTXVideo(
+        latent_channels=6,
+        block_out_channels=(8, 8, 8, 8),
+        decoder_block_out_channels=(8, 8, 8, 8),
+        layers_per_block=(1, 1, 1, 1, 1),
+        decoder_layers_per_block=(1, 1, 1, 1, 1),
+    )
+    scheduler: Any = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    return diffusers.LTXPipeline(scheduler, vae, t5(12, len(tokenizer)), tokenizer, transformer)
+
+
+def hunyuanvideo(tokenizer: Any) -> Any:
+    import diffusers
+    from transformers import LlamaConfig, LlamaModel
+
+    transformer: Any = diffusers.HunyuanVideoTransformer3DModel(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=5,
+        attention_head_dim=16,
+        num_layers=1,
+        num_single_layers=2,
+        num_refiner_layers=1,
+        text_embed_dim=12,
+        pooled_projection_dim=14,
+        rope_axes_dim=(4, 6, 6),
+    )
+    vae: Any = diffusers.AutoencoderKLHunyuanVideo(
+        latent_channels=4, block_out_channels=(8, 8, 8, 8), layers_per_block=1, norm_num_groups=2
+    )
+    sizes = {"hidden_size": 12, "intermediate_size": 20, "num_hidden_layers": 3, "num_attention_heads": 2}
+    llama = LlamaModel(LlamaConfig(vocab_size=len(tokenizer), num_key_value_heads=1, **sizes))
+    scheduler: Any = diffusers.FlowMatchEulerDiscreteScheduler(shift=7.0)
+    second = clip(14, len(tokenizer)), tokenizer
+    return diffusers.HunyuanVideoPipeline(llama, tokenizer, transformer, vae, scheduler, *second)
+
+
+def qwenimage(tokenizer: Any) -> Any:
+    import diffusers
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    transformer: Any = diffusers.QwenImageTransformer2DModel(
+        in_channels=16,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=5,
+        joint_attention_dim=12,
+        axes_dims_rope=(4, 6, 6),
+    )
+    vae: Any = diffusers.AutoencoderKLQwenImage(
+        base_dim=6,
+        z_dim=4,
+        dim_mult=[1, 1, 1, 1],
+        num_res_blocks=1,
+        latents_mean=[0.1, 0.2, -0.1, 0.0],
+        latents_std=[1.0, 1.1, 1.2, 1.3],
+    )
+    sizes = {"hidden_size": 12, "intermediate_size": 20, "num_hidden_layers": 1, "num_attention_heads": 2}
+    rope = {"rope_type": "default", "mrope_section": [1, 1, 1], "rope_theta": 10000.0}
+    text = {**sizes, "num_key_value_heads": 1, "vocab_size": len(tokenizer), "rope_parameters": rope}
+    vision = {"depth": 1, "hidden_size": 8, "intermediate_size": 8, "num_heads": 2, "out_hidden_size": 12}
+    encoder = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision))
+    scheduler: Any = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    return diffusers.QwenImagePipeline(scheduler, vae, encoder, tokenizer, transformer)
+
+
 EXAMPLES = {
     "wan-experts": Example(partial(make_wan, experts=2), (5, 32, 48)),
     "wan-fine": Example(partial(make_wan, fine=True), (5, 64, 96)),
+    "wan-image": Example(partial(make_wan, image="encoded"), (5, 32, 48), length=512, image=True),
+    "wan-image-experts": Example(partial(make_wan, image="latents", experts=2), (5, 32, 48), image=True),
+    "wan-image-fine": Example(partial(make_wan, image="latents", fine=True), (5, 64, 96), image=True),
+    "cogvideox-2b": Example(partial(make, build=partial(cogvideox, rotary=False)), (9, 48, 80)),
+    "cogvideox-5b": Example(partial(make, build=partial(cogvideox, rotary=True)), (9, 48, 80)),
+    "flux": Example(partial(make, build=flux), (1, 48, 80), guided=False, images=True),
+    "ltx": Example(partial(make, build=ltx), (17, 96, 160)),
+    "hunyuanvideo": Example(partial(make, build=hunyuanvideo), (5, 48, 80), guided=False),
+    "qwenimage": Example(partial(make, build=qwenimage), (1, 48, 80), named="true_cfg_scale", images=True),
 }

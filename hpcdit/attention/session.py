@@ -28,7 +28,8 @@ class SequenceParallel:
     ) -> None:
         """channels: of the tokens that a pass ends with."""
         self.shape, self.spans, self.traffic = shape, spans, transport.traffic
-        self.tokens = cut(shape.length, transport.size)[transport.rank]
+        self.shares = cut(shape.length, transport.size)
+        self.tokens = self.shares[transport.rank]
         self._attention = Attention(schedule, shape, transport, kernels, dtype, spans)
         self._gather = Gather(shape.batch, shape.length, channels, transport, kernels, dtype, spans)
         self._transport, self._kernels = transport, kernels

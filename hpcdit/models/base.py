@@ -28,6 +28,10 @@ class Sequence(Protocol):
         """This rank's tokens among all L."""
 
     @property
+    def shares(self) -> tuple[range, ...]:
+        """All ranks' tokens."""
+
+    @property
     def tensors(self) -> str:
         """q, k and v in the order in which they are best published."""
 
@@ -79,6 +83,8 @@ Encoding = Mapping[str, "Tensor"]  # B encoded texts: by the names of the pipeli
 class Conditions:
     """Encoded prompts, B of them. negative is None where nothing is to be guided away from.
 
+    image: the picture that all of them start from, as PIL has it; None without one.
+
     prompt_cut, negative_cut: tokens beyond max_sequence_length, which the model never sees.
     """
 
@@ -86,6 +92,7 @@ class Conditions:
     negative: Encoding | None
     prompt_cut: int = 0
     negative_cut: int = 0
+    image: Any = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,8 +141,10 @@ class Adapter(ABC):
         """
 
     @abstractmethod
-    def encode(self, prompt: str, negative_prompt: str, guided: bool, max_sequence_length: int) -> Conditions:
-        """Encodes a prompt, the empty one included, and the negative prompt if `guided`."""
+    def encode(
+        self, prompt: str, negative_prompt: str, guided: bool, max_sequence_length: int, image: str = ""
+    ) -> Conditions:
+        """Encodes a prompt, the empty one included, and the negative prompt if `guided`; image: a picture's path."""
 
     @abstractmethod
     def guided(self, guidance_scale: float) -> bool:

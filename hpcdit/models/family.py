@@ -20,6 +20,21 @@ if TYPE_CHECKING:
 DIFFUSERS, TRANSFORMERS = "diffusers", "transformers"
 
 
+def packed(latents: "Tensor", patch: tuple[int, int, int]) -> "Tensor":
+    """Latents [B, C, f, h, w] as tokens [B, L, C * patch], as several of diffusers' pipelines have them."""
+    batch, channels, *sizes = latents.shape
+    grid = [n for size, p in zip(sizes, patch, strict=True) for n in (size // p, p)]
+    return latents.reshape(batch, channels, *grid).permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4).flatten(1, 3)
+
+
+def unpacked(tokens: "Tensor", sizes: tuple[int, ...], patch: tuple[int, int, int]) -> "Tensor":
+    """Undoes `packed`; sizes: C, f, h, w."""
+    channels, *rest = sizes
+    grid = [size // p for size, p in zip(rest, patch, strict=True)]
+    latents = tokens.reshape(len(tokens), *grid, channels, *patch).permute(0, 4, 1, 5, 2, 6, 3, 7)
+    return latents.reshape(len(tokens), *sizes)
+
+
 @dataclass(frozen=True)
 class Component:
     """A part of a checkpoint: which library holds its class, and which classes are supported.
@@ -57,6 +72,11 @@ def tokenizer(*classes: str) -> Component:
     return Component(TRANSFORMERS, (*classes, *replaced), config="tokenizer_config.json")
 
 
+def processor(*classes: str) -> Component:
+    """What prepares pictures for an encoder of some checkpoints."""
+    return Component(TRANSFORMERS, classes, config="preprocessor_config.json", needed=False)
+
+
 def scheduler(*classes: str) -> Component:
     """Schedulers that draw noise of their own are not to be among them: every rank would draw another."""
     return Component(DIFFUSERS, classes, config="scheduler_config.json")
@@ -68,7 +88,9 @@ class Family(ABC):
     pipelines: its classes in model_index.json. components: what they consist of. classifier_free: whether guidance
     takes two predictions; else the scale is one of the transformer's inputs. scale: what the pipeline calls it. asked:
     what the transformer calls those parts of an encoded prompt in which two predictions differ. masked: whether keys
-    are left out of attention, which no CUDA graph can be made of.
+    are left out of attention, which no CUDA graph can be made of. layers: keys of the transformer's configuration that
+    count layers, and the weights of such a layer that make its queries. patch: latents of a token, where the pipeline
+    takes and gives tokens.
     """
 
     pipelines: tuple[str, ...]
@@ -77,6 +99,8 @@ class Family(ABC):
     scale: str = "guidance_scale"
     asked: Mapping[str, str] = {"prompt_embeds": "encoder_hidden_states"}
     masked: bool = False
+    layers: Mapping[str, str] = {"num_layers": "transformer_blocks.{}.attn.to_q.weight"}
+    patch: tuple[int, int, int] | None = None
 
     @abstractmethod
     def check(self, index: "Config", found: Mapping[str, "Config"]) -> None:
@@ -84,7 +108,13 @@ class Family(ABC):
 
     def tensors(self, part: str, config: "Config") -> Mapping[str, tuple[int, ...] | None]:
         """Some tensors of the weights of `part` if they are what `config` says, and their shapes; None: not there."""
-        return {}
+        found = dict[str, tuple[int, ...] | None]()
+        if part.startswith("transformer"):
+            width = config["num_attention_heads"] * config["attention_head_dim"]
+            for key, name in self.layers.items():
+                count = config[key]
+                found |= {name.format(i): (width, width) if i < count else None for i in range(count + 1)}
+        return found
 
     @abstractmethod
     def shape(self, folder: "ModelFolder") -> "ModelShape":
@@ -108,11 +138,11 @@ class Family(ABC):
 
     def pack(self, latents: "Tensor") -> "Tensor":
         """Latents [B, C, f, h, w] as the pipeline takes them."""
-        return latents
+        return packed(latents, self.patch) if self.patch else latents
 
-    def unpack(self, latents: "Tensor", like: "Tensor") -> "Tensor":
-        """Undoes `pack`; like: what was packed."""
-        return latents
+    def unpack(self, latents: "Tensor", sizes: tuple[int, ...]) -> "Tensor":
+        """Undoes `pack`; sizes: C, f, h, w."""
+        return unpacked(latents, sizes, self.patch) if self.patch else latents
 
     def options(self, pipe: Any, latents: "Tensor") -> dict[str, Any]:
         """What the pipeline is told beside prompts, sizes, steps, scale and latents [B, C, f, h, w]."""
@@ -121,3 +151,12 @@ class Family(ABC):
     @abstractmethod
     def decode(self, pipe: Any, latents: "Tensor") -> "Tensor":
         """One video's pixels, [1, 3, F, H, W] from -1 to 1, of latents [1, C, f, h, w]; the pipeline's own bits."""
+
+
+def unscaled(vae: Any, latents: "Tensor") -> "Tensor":
+    """Latents as a VAE with a mean and a deviation a channel takes them.
+
+    Dividing by the inverse instead of multiplying is what diffusers' pipelines do: the same bits.
+    """
+    mean, std = (latents.new_tensor(x).view(1, -1, 1, 1, 1) for x in (vae.config.latents_mean, vae.config.latents_std))
+    return latents / (1 / std) + mean

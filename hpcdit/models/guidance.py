@@ -46,7 +46,7 @@ class Guidance:
             return (prediction,)
         if self._halves.index == 1:
             theirs = {name: self._negative[key] for key, name in self._asked.items()}
-            inputs |= {name: x.to(inputs[name].dtype) for name, x in theirs.items()}
+            inputs |= {name: x if inputs[name] is None else x.to(inputs[name].dtype) for name, x in theirs.items()}
         first, self._unasked = self._swapped(self._halves, inputs)
         return (first,)
 

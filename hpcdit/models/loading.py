@@ -28,10 +28,11 @@ class ModelShape:
     patch: latent (frames, rows, columns) of one token; vae_temporal, vae_spatial: pixels per latent along
     time and along height and width; max_patches: tokens in one direction that its rotary table has rows for;
     multiple: what the family's pipeline asks of height and width beyond that; ffn_dim: width of the feed-forward
-    layers. images: whether it makes images, which are videos of one frame; joint: whether the text's tokens are
-    attended together with the video's, in one sequence; text: the only max_sequence_length that the model takes, 0
-    where it is free; classifier_free: whether guidance takes two predictions. weights, vae_weights: numbers in all that
-    is loaded but the VAE, and in the VAE, which stays in float32; 0 where there is no checkpoint.
+    layers. images: whether it makes images, which are videos of one frame; image: whether it starts from one; joint:
+    whether the text's tokens are attended together with the video's, in one sequence; text: the only
+    max_sequence_length that the model takes, 0 where it is free; classifier_free: whether guidance takes two
+    predictions. weights, vae_weights: numbers in all that is loaded but the VAE, and in the VAE, which stays in
+    float32; 0 where there is no checkpoint.
     """
 
     layers: int
@@ -45,6 +46,7 @@ class ModelShape:
     multiple: int = 1
     ffn_dim: int = 0
     images: bool = False
+    image: bool = False
     joint: bool = False
     text: int = 0
     classifier_free: bool = True
@@ -177,15 +179,23 @@ def check_loaded(folder: ModelFolder, part: str, tensors: Mapping[str, int]) -> 
     that the configuration is of another model. tensors: the loaded ones, name to address; those at one address are one.
     """
     component = families()[folder.family].components[part]
-    held = _weights(folder.path, part, component).tensors
-    there = {address for name, address in tensors.items() if name in held}
-    missing = [name for name, address in tensors.items() if name not in held and address not in there]
+    held = {_plain(name, component) for name in _weights(folder.path, part, component).tensors}
+    loaded = {name: _plain(name, component) for name in tensors}
+    there = {address for name, address in tensors.items() if loaded[name] in held}
+    missing = [name for name, address in tensors.items() if loaded[name] not in held and address not in there]
     # A text encoder is part of a larger model, and its files may hold more of it.
-    left = [name for name in held if name not in tensors and component.library == "diffusers"]
+    left = sorted(held - set(loaded.values())) if component.library == "diffusers" else []
     for names, what in ((missing, "its files lack"), (left, "its config.json has no place for")):
         if names:
             more = f" and {len(names) - 1} more" * (len(names) > 1)
             raise InputError(f"{folder.path / part}: {what} the tensor {names[0]}{more}; allowed: files of one model")
+
+
+def _plain(name: str, component: Component) -> str:
+    """A tensor's name without what transformers puts in or takes out between files and models of today."""
+    if component.library == "diffusers":
+        return name
+    return ".".join(part for part in name.split(".") if part not in ("model", "language_model"))
 
 
 def _weights(folder: Path, part: str, component: Component) -> Weights:

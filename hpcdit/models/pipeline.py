@@ -81,12 +81,15 @@ class PipelineAdapter(Adapter):
         return self.shape.guided(guidance_scale)
 
     @torch.no_grad()
-    def encode(self, prompt: str, negative_prompt: str, guided: bool, max_sequence_length: int) -> Conditions:
+    def encode(
+        self, prompt: str, negative_prompt: str, guided: bool, max_sequence_length: int, image: str = ""
+    ) -> Conditions:
+        picture = diffusers.utils.load_image(image) if image else None
         positive, prompt_cut = self._encodings(prompt, max_sequence_length)
         if not guided:
-            return Conditions(positive, None, prompt_cut)
+            return Conditions(positive, None, prompt_cut, image=picture)
         negative, negative_cut = self._encodings(negative_prompt, max_sequence_length)
-        return Conditions(positive, negative, prompt_cut, negative_cut)
+        return Conditions(positive, negative, prompt_cut, negative_cut, picture)
 
     def noise(self, seed: int, num_frames: int, height: int, width: int) -> Tensor:
         generator = torch.Generator("cpu").manual_seed(seed)
@@ -126,6 +129,7 @@ class PipelineAdapter(Adapter):
                     **{f"negative_{name}": x for name, x in (negative or {}).items()},
                     **{self._family.scale: guidance_scale},
                     **self._sizes(noise),
+                    **({} if conditions.image is None else {"image": conditions.image}),
                     **self._family.options(self._pipe, noise),
                     latents=latents,
                     num_inference_steps=steps,
@@ -133,7 +137,7 @@ class PipelineAdapter(Adapter):
                     return_dict=False,
                     callback_on_step_end=on_step_end,
                 )[0]
-            return self._family.unpack(found, noise)
+            return self._family.unpack(found, noise.shape[1:])
         finally:
             self._end()
 

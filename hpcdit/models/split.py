@@ -2,8 +2,8 @@
 
 Nothing of a model is written again. A family's own attention processors run as they are, on the tokens of one rank;
 what they ask torch's `scaled_dot_product_attention` is answered by all ranks together. Where text and video are
-attended jointly, the text's tokens are tokens of the sequence like all others, and are cut along with it: each is
-attended once, whatever the method.
+attended jointly, the text's tokens are tokens of the sequence like all others, and each rank has its part of them: each
+is attended once, whatever the method.
 """
 
 from collections.abc import Mapping
@@ -37,6 +37,7 @@ class Cut:
 
 
 VIDEO, TEXT, BOTH = (Cut(part) for part in Part)
+Cuts = Mapping[str, Cut | tuple[Cut, ...]]  # by the names of arguments; several: of the parts of a tuple
 
 
 class Split:
@@ -45,22 +46,29 @@ class Split:
     sequence: Sequence
 
     def __init__(self) -> None:
-        self.text_first = False
+        self.text_first = False  # where attention has both
+        self.text_everywhere = False  # whether the blocks fail where there is no text
         self._text = self._video = 0  # tokens of the pass at hand
+        self._keys: Tensor | None = None  # and which of them count as keys
 
-    def blocks(self, blocks: Any, first: Mapping[str, Cut], every: Mapping[str, Cut] | None = None) -> None:
-        """Cuts arguments of blocks, by name: those in `first` for the first block alone, since it gives them on."""
+    def blocks(self, blocks: Any, first: Cuts | None = None, every: Cuts | None = None, mask: str = "") -> None:
+        """Cuts arguments of blocks, by name: those in `first` for the first block alone, since it gives them on.
+
+        mask: an argument that says which keys count: of the text, [B, tokens], or of all, [B, 1, 1, L].
+        """
         for i, block in enumerate(blocks):
             names = tuple(signature(block.forward).parameters)
-            cuts = {**(first if i == 0 else {}), **(every or {})}
-            counted = i == 0
+            starts = first if i == 0 else None
+            cuts = {**(starts or {}), **(every or {})}
 
             def before(
-                block: Any, args: Any, kwargs: Any, names: Any = names, cuts: Any = cuts, counted: bool = counted
+                block: Any, args: Any, kwargs: Any, names: Any = names, cuts: Any = cuts, starts: Any = starts
             ) -> tuple[tuple[()], dict[str, Any]]:
                 named = {**dict(zip(names, args, strict=False)), **kwargs}
-                if counted:
-                    self._count(first, named)
+                if starts:
+                    self._count(starts, named, named.get(mask))
+                if mask:
+                    named[mask] = None
                 return (), {name: self.cut(x, cuts[name]) if name in cuts else x for name, x in named.items()}
 
             block.register_forward_pre_hook(before, with_kwargs=True)
@@ -79,18 +87,20 @@ class Split:
         """Brings the video's tokens, which are what `module` gives out, together on all ranks."""
         module.register_forward_hook(lambda module, args, output: self._whole(output))
 
-    def cut(self, x: Any, cut: Cut) -> Any:
+    def cut(self, x: Any, cut: "Cut | tuple[Cut, ...]") -> Any:
         """This rank's part of x."""
         if not isinstance(x, Tensor):
-            return x if x is None else type(x)(self.cut(each, cut) for each in x)
-        here, total = self.sequence.tokens, self._text + self._video
-        start, count = {
-            Part.BOTH: (0, total),
-            Part.TEXT: (0 if self.text_first else self._video, self._text),
-            Part.VIDEO: (self._text if self.text_first else 0, self._video),
-        }[cut.part]
-        first, last = (min(max(at - start, 0), count) for at in (here.start, here.stop))
-        return x.narrow(cut.dim, first, last - first)
+            cuts = cut if isinstance(cut, tuple) else (cut,) * len(x or ())
+            return x if x is None else tuple(self.cut(each, own) for each, own in zip(x, cuts, strict=True))
+        assert isinstance(cut, Cut)
+        text, video = self._share(self.sequence.tokens)
+        if cut.part is Part.TEXT:
+            return x.narrow(cut.dim, text.start, len(text))
+        if cut.part is Part.VIDEO:
+            return x.narrow(cut.dim, video.start, len(video))
+        at = (0, self._text) if self.text_first else (self._video, 0)
+        both = [x.narrow(cut.dim, at[0] + text.start, len(text)), x.narrow(cut.dim, at[1] + video.start, len(video))]
+        return torch.cat(both if self.text_first else both[::-1], cut.dim)
 
     def attend(
         self,
@@ -105,35 +115,54 @@ class Split:
     ) -> Tensor:
         """As torch's: attention of this rank's queries, [B, H, tokens, D], to the keys of all ranks.
 
-        attn_mask: which of all L keys count, of type bool, [B, 1, 1, L]. Raises ValueError for what is not supported.
+        Raises ValueError for what is not supported.
         """
-        if dropout_p or is_causal or scale is not None or enable_gqa:
-            raise ValueError("attention over several ranks has no dropout, causal mask, scale or shared heads")
-        keys = None
-        if attn_mask is not None:
-            total = self._text + self._video
-            if attn_mask.dtype != torch.bool or attn_mask.shape != (len(query), 1, 1, total):
-                raise ValueError(f"a mask of type {attn_mask.dtype}, {list(attn_mask.shape)}; allowed: one of keys")
-            keys = attn_mask[:, 0, 0]
+        if attn_mask is not None or dropout_p or is_causal or scale is not None or enable_gqa:
+            raise ValueError("attention over several ranks has no dropout, mask, scale or shared heads")
         parts = {"q": query, "k": key, "v": value}
         for name in self.sequence.tensors:
             self.sequence.publish(name, parts[name].transpose(1, 2))
-        return self.sequence.attend(keys).transpose(1, 2)
+        return self.sequence.attend(self._keys).transpose(1, 2)
 
-    def _count(self, first: Mapping[str, Cut], named: Mapping[str, Any]) -> None:
+    def _count(self, first: Mapping[str, Cut], named: Mapping[str, Any], mask: Tensor | None) -> None:
         found = {part: 0 for part in Part}
         for name, cut in first.items():
             if isinstance(named.get(name), Tensor):
                 found[cut.part] = named[name].shape[cut.dim]
         self._text, self._video = found[Part.TEXT], found[Part.VIDEO]
+        if self.text_everywhere and not all(len(self._share(part)[0]) for part in self.sequence.shares):
+            raise ValueError(f"{self._text} tokens of text; allowed: one a rank at least")
+        self._keys = None if mask is None else self._joint(mask)
+
+    def _share(self, tokens: range) -> tuple[range, range]:
+        """The tokens of the text, and those of the video, of the rank that has these tokens of the sequence.
+
+        Each rank has as large a part of the text as of the sequence: attention does not care for the order of keys.
+        """
+        first, last = (n * self._text // (self._text + self._video) for n in (tokens.start, tokens.stop))
+        return range(first, last), range(tokens.start - first, tokens.stop - last)
+
+    def _joint(self, mask: Tensor) -> Tensor:
+        """Which of all keys count, in the sequence's order, where the video's do."""
+        if mask.ndim == 4:
+            mask = mask[:, 0, 0, : self._text] if self.text_first else mask[:, 0, 0, self._video :]
+        found = []
+        for part in self.sequence.shares:
+            text, video = self._share(part)
+            both = [mask[:, text.start : text.stop].bool(), mask.new_ones((len(mask), len(video)), dtype=torch.bool)]
+            found += both if self.text_first else both[::-1]
+        return torch.cat(found, dim=1)
 
     def _whole(self, x: Tensor) -> Tensor:
-        here = len(self.sequence.tokens)
-        missing = here - x.shape[1]  # rows for tokens of the text, which nobody looks at
-        at = (missing, 0) if self.text_first else (0, missing)
-        whole = self.sequence.gather(F.pad(x, (0, 0, *at)) if missing else x)
-        start = self._text if self.text_first else 0
-        return whole[:, start : start + self._video]
+        missing = len(self.sequence.tokens) - x.shape[1]  # rows for tokens of the text, which nobody looks at
+        whole = self.sequence.gather(F.pad(x, (0, 0, *((missing, 0) if self.text_first else (0, missing)))))
+        if not self._text:
+            return whole
+        parts = []
+        for part in self.sequence.shares:
+            start = part.start + (len(self._share(part)[0]) if self.text_first else 0)
+            parts.append(whole[:, start : start + len(self._share(part)[1])])
+        return torch.cat(parts, dim=1)
 
 
 class _Answered(TorchFunctionMode):

@@ -40,16 +40,20 @@ class Entry:
     model: dict[str, Any]
     seconds: float
     summary: dict[str, Any] = field(default_factory=dict)
+    image: str = ""
 
     @classmethod
     def of(cls, path: Path, file: os.stat_result, record: VideoRecord, seconds: float) -> "Entry":
         r = record
         texts = r.prompt, r.negative_prompt
-        return cls(path.stem, file.st_size, file.st_mtime_ns, *texts, r.seed, r.sampling, r.model, seconds)
+        return cls(
+            path.stem, file.st_size, file.st_mtime_ns, *texts, r.seed, r.sampling, r.model, seconds, image=r.image
+        )
 
     def key(self) -> dict[str, Any]:
         """What identifies its content, as `Job.key` has it."""
-        return {"prompt": self.prompt, "negative_prompt": self.negative_prompt, "sampling": self.sampling}
+        image = {"image": self.image} if self.image else {}
+        return {"prompt": self.prompt, "negative_prompt": self.negative_prompt, "sampling": self.sampling, **image}
 
 
 _KINDS: dict[str, Any] = {each.name: get_origin(each.type) or each.type for each in fields(Entry)}
@@ -185,7 +189,7 @@ def _parse(line: bytes) -> Entry | None:
     if head != b'["%08x", ' % zlib.crc32(content):
         return None
     try:
-        values = {"summary": {}, **json.loads(content)}  # lines of earlier versions have none
+        values = {"summary": {}, "image": "", **json.loads(content)}  # lines of earlier versions have none
         return Entry(**values) if all(isinstance(values[key], kind) for key, kind in _KINDS.items()) else None
     except (ValueError, TypeError, LookupError, RecursionError):
         return None

@@ -14,7 +14,8 @@ _UNSTORABLE = re.compile("[\0\ud800-\udfff]")  # HDF5 strings end at a NUL, and 
 class VideoRecord:
     """All that is known about a video but its frames.
 
-    The dicts hold what JSON can say; fps: frames a second; seed: 0 to 2**64 - 1.
+    The dicts hold what JSON can say; fps: frames a second; seed: 0 to 2**64 - 1; image: sha256 of the
+    picture that the video starts from, "" without one.
     """
 
     id: str
@@ -28,6 +29,7 @@ class VideoRecord:
     config: dict[str, Any]
     software: dict[str, Any]
     cluster: dict[str, Any]
+    image: str = ""
 
 
 @dataclass(frozen=True)

@@ -274,6 +274,8 @@ def _write_record(file: h5py.File, record: VideoRecord) -> None:
     for name, text in texts.items():
         file.attrs[name] = storable(text)
     file.attrs["seed"] = np.uint64(record.seed)
+    if record.image:
+        file.attrs["image"] = record.image
     for name in _DICTS:
         file.attrs[name] = to_json(getattr(record, name))
     if exact := {name: text for name, text in texts.items() if storable(text) != text}:
@@ -290,7 +292,8 @@ def _read_record(file: h5py.File) -> VideoRecord:
     texts = {name: exact.get(name, _attribute(file, name, str)) for name in _TEXTS}
     dicts = {name: json.loads(_attribute(file, name, str)) for name in _DICTS}
     seed, fps = _attribute(file, "seed", np.integer).item(), _attribute(frames, "fps", np.number).item()
-    return VideoRecord(**texts, seed=seed, fps=fps, **dicts)
+    image = _attribute(file, "image", str) if "image" in file.attrs else ""
+    return VideoRecord(**texts, seed=seed, fps=fps, **dicts, image=image)
 
 
 def _attribute(item: h5py.HLObject, name: str, kind: type) -> Any:

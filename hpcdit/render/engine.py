@@ -168,7 +168,7 @@ class Engine:
     def _encode(self, job: Job) -> Conditions:
         limit = job.sampling.max_sequence_length
         guided = self.adapter.guided(job.sampling.guidance_scale)
-        conditions = self.adapter.encode(job.prompt, job.negative_prompt, guided, limit)
+        conditions = self.adapter.encode(job.prompt, job.negative_prompt, guided, limit, job.image)
         if conditions.prompt_cut:
             self._tell("cut", id=job.id, tokens=conditions.prompt_cut, limit=limit)
         return conditions
@@ -231,9 +231,10 @@ class Engine:
 
 
 def stack(conditions: Sequence[Conditions]) -> Conditions:
-    """Several prompts as one batch, in their order."""
+    """Several prompts as one batch, in their order; they have one picture."""
     negative = [c.negative for c in conditions if c.negative is not None]
-    return Conditions(_stack([c.prompt for c in conditions]), _stack(negative) if negative else None)
+    prompt = _stack([c.prompt for c in conditions])
+    return Conditions(prompt, _stack(negative) if negative else None, image=conditions[0].image)
 
 
 def _stack(encodings: Sequence[Encoding]) -> Encoding:

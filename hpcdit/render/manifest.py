@@ -1,7 +1,7 @@
 """The prompts file: from lines to jobs.
 
 `.txt`: a prompt a line; empty lines and lines that start with `#` do not count. `.jsonl`: a JSON object a
-line with `prompt`, and where wanted `id`, `negative_prompt` and any key of `sampling`. Every fault is an
+line with `prompt`, and where wanted `id`, `negative_prompt`, `image` and any key of `sampling`. Every fault is an
 InputError of one line, `file:line: key: what is wrong; allowed: ...`, found while reading, line by line.
 """
 
@@ -21,10 +21,11 @@ from hpcdit.config import Sampling
 from hpcdit.errors import InputError
 from hpcdit.keys import MAX_SEED, SAMPLING_RULES
 from hpcdit.models.loading import ModelShape
+from hpcdit.render.picture import ALLOWED, digest
 
 LINE_BYTES, FILE_BYTES, JOBS = 1 << 20, 1 << 26, 100_000  # each rank holds all jobs
 ID_BYTES = 200  # file systems take names of 255 bytes, and the writer adds to this one
-FIELDS = ("prompt", "id", "negative_prompt", *SAMPLING_RULES)
+FIELDS = ("prompt", "id", "negative_prompt", "image", *SAMPLING_RULES)
 ID_ALLOWED = (
     f"1 to {ID_BYTES} bytes of UTF-8 without /, \\, .., control characters, a leading . or -, or spaces at the ends"
 )
@@ -37,7 +38,8 @@ TRACE_BYTES, TRACE_BYTES_A_STEP = 1 << 20, 1 << 16
 class Job:
     """One video to make: the `index`-th of the prompts file, written as `videos/<id>.h5`.
 
-    where: file and line that it comes from, for messages.
+    image: the picture that it starts from, "" without one, and image_sha256 that of its file; where: file and line that
+    it comes from, for messages.
     """
 
     index: int
@@ -45,6 +47,8 @@ class Job:
     prompt: str
     negative_prompt: str
     sampling: Sampling
+    image: str = ""
+    image_sha256: str = ""
     where: str = field(default="", compare=False)
 
     def key(self) -> dict[str, Any]:
@@ -53,6 +57,7 @@ class Job:
             "prompt": self.prompt,
             "negative_prompt": self.negative_prompt,
             "sampling": asdict(self.sampling),
+            **({"image": self.image_sha256} if self.image else {}),
         }
 
 
@@ -93,8 +98,11 @@ def read(path: Path, defaults: Sampling) -> tuple[Job, ...]:
 
 
 def fits(jobs: Iterable[Job], defaults: Sampling, shape: ModelShape) -> None:
-    """Raises InputError for the first job of a size that the model cannot make: its line, or the key it has it from."""
+    """Raises InputError for the first job that the model cannot make: its line, or the key it has its size from."""
     for job in jobs:
+        if shape.image != bool(job.image):
+            what = "missing, this model starts from a picture" if shape.image else "this model takes none"
+            raise InputError(f"{job.where}: image: {what}; allowed: {'a path in each line' if shape.image else 'none'}")
         try:
             s = job.sampling
             shape.legal(s.num_frames, s.height, s.width, s.max_sequence_length)
@@ -184,8 +192,6 @@ PARSERS: Mapping[str, Callable[[Line], dict[str, Any] | None]] = {".txt": _plain
 
 
 def _job(index: int, line: Line, fields: dict[str, Any], defaults: Sampling) -> Job:
-    if "image" in fields:
-        raise line.error("image: not supported yet", "prompts alone, for text-to-video models")
     for key in fields:
         if key not in FIELDS:
             close = difflib.get_close_matches(key[:100], FIELDS, 1)
@@ -199,14 +205,26 @@ def _job(index: int, line: Line, fields: dict[str, Any], defaults: Sampling) -> 
     name = _id(line, fields["id"]) if "id" in fields else f"{index:05d}-{_slug(prompt)}".rstrip("-")
     values = {key: _sampling(line, key, value) for key, value in fields.items() if key in SAMPLING_RULES}
     values.setdefault("seed", (defaults.seed + index) % (MAX_SEED + 1))
+    image, known = _image(line, fields["image"]) if "image" in fields else ("", "")
     return Job(
         index=index,
         id=name,
         prompt=prompt,
         negative_prompt=_text(line, "negative_prompt", fields.get("negative_prompt", "")),
         sampling=replace(defaults, **values),
+        image=image,
+        image_sha256=known,
         where=f"{line.path}:{line.number}",
     )
+
+
+def _image(line: Line, value: object) -> tuple[str, str]:
+    """A picture's path, which is relative to the prompts file's, and its digest. Raises InputError."""
+    path = line.path.parent / _text(line, "image", value)
+    try:
+        return str(path.resolve()), digest(path)
+    except ValueError as error:
+        raise line.error(f"image: {shown(str(path))}: {error}", ALLOWED) from None
 
 
 def _sampling(line: Line, key: str, value: object) -> Any:

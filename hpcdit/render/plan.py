@@ -56,6 +56,11 @@ def workload(model: ModelShape, sampling: Sequence[Sampling], dtype: str, batch:
     )
 
 
+def family_of(config: Config) -> str:
+    """The family whose defaults count where a checkpoint is named; else the configuration has its own."""
+    return inspect(Path(config.model.path)).family if config.model.path else ""
+
+
 def model_shape(config: Config) -> ModelShape:
     """The shape that `mode=plan` plans for: of the checkpoint, or of the configuration where that has one."""
     if config.model.path is None and config.model.shape is not None:
@@ -66,7 +71,7 @@ def model_shape(config: Config) -> ModelShape:
 
 def report(config: Config) -> str:
     """The chosen plan, what else was thought of, and a picture of one attention layer."""
-    model, defaults = model_shape(config), resolve_sampling(config, "wan")
+    model, defaults = model_shape(config), resolve_sampling(config, family_of(config))
     sampling = [defaults]
     if config.prompts:
         jobs = read(Path(config.prompts), defaults)

@@ -59,4 +59,5 @@ class Provenance:
             config=self.config,
             software=self.software,
             cluster=self.cluster,
+            image=job.image_sha256,
         )

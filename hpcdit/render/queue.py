@@ -19,15 +19,16 @@ AT_ONCE = "SIGINT"  # who is at the keyboard does not wait
 
 
 def batches(jobs: Sequence[Job], most: int) -> list[list[int]]:
-    """Positions of up to `most` jobs that follow each other and can be denoised together: all but text and seed equal.
+    """Positions of up to `most` jobs that follow each other and can be denoised together: all but text and seed equal,
+    the picture that they start from included.
 
     fps counts for the file alone.
     """
     found: list[list[int]] = []
-    last: tuple[float, ...] = ()
+    last: tuple[float | str, ...] = ()
     for position, job in enumerate(jobs):
         s = job.sampling
-        kind = (s.num_frames, s.height, s.width, s.steps, s.guidance_scale, s.max_sequence_length)
+        kind = (s.num_frames, s.height, s.width, s.steps, s.guidance_scale, s.max_sequence_length, job.image)
         if found and kind == last and len(found[-1]) < most:
             found[-1].append(position)
         else:

@@ -31,7 +31,7 @@ def load_model(
         if world.rank != leader:
             return folder.path
         torch.set_num_threads(world.cores)
-        lora = Lora.read(Path(model.lora[0]), float(model.lora[1]), pipeline_of(folder)) if model.lora else None
+        lora = Lora.read(Path(model.lora[0]), float(model.lora[1]), pipeline_of(folder.family)) if model.lora else None
         shared = world.hosts.count(world.hosts[world.rank]) > 1
         return stack.enter_context(staged(folder, model.dtype, lora, shared))
 

@@ -86,13 +86,13 @@ def weights(comm: MPI.Comm, checkpoint: str, *dtypes: str) -> Any:
 
     def body(world: World) -> list[tuple[int, float]]:
         folder, found = inspect(Path(checkpoint)), list[tuple[int, float]]()
-        Wan.load(inspect(demo_model()))  # what any model makes a process hold
+        PipelineAdapter.load(inspect(demo_model()))  # what any model makes a process hold
         for dtype in dtypes:
             model = replace(load([]).model, dtype=dtype)  # type: ignore[union-attr]
             world.barrier("the ranks")
             before = held()
             world.barrier("the ranks")
-            adapter: Any = load_model(world, folder, model, StopRequest(), partial(Wan.load, dtype=dtype))
+            adapter: Any = load_model(world, folder, model, StopRequest(), partial(PipelineAdapter.load, dtype=dtype))
             tensors = [t for part in folder.weights for t in getattr(adapter._pipe, part).state_dict().values()]
             for tensor in tensors:
                 tensor.sum()  # reads it: what was only mapped so far is there then
@@ -219,16 +219,16 @@ def stop_in_a_group(comm: MPI.Comm, checkpoint: str, prompts: str, folder: str) 
 
 def stop_while_loading(comm: MPI.Comm, checkpoint: str, prompts: str, folder: str) -> Any:
     """Rank 1 of 2 is asked to stop when it has begun to load, which would take minutes; the exit codes of both."""
-    load = Wan.load
+    load = PipelineAdapter.load
 
-    def slow(*args: Any) -> Wan:
+    def slow(*args: Any) -> PipelineAdapter:
         if comm.rank == 1:
             threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGTERM)).start()
             time.sleep(600)
         return load(*args)
 
     def body(world: World) -> list[int]:
-        with mock.patch.object(Wan, "load", slow):
+        with mock.patch.object(PipelineAdapter, "load", slow):
             code = app.run(world, [f"model.path={checkpoint}", f"prompts={prompts}", f"output.dir={folder}"])
         return [int(data) for data in world.gather(str(code).encode(), 0, "the exit codes")]
 

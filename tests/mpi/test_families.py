@@ -1,13 +1,18 @@
 """Every model family renders what diffusers' own pipeline renders on one process, on any number of ranks."""
 
+import shutil
 from pathlib import Path
 
 import h5py
 import numpy as np
 import pytest
 
+from hpcdit.config import load, resolve_sampling
+from hpcdit.models.families import families
+from hpcdit.models.loading import inspect, shape
+from tests.checkpoints import edit, refusal
 from tests.families import EXAMPLES, PROMPTS
-from tests.mpi.families import LAYOUTS
+from tests.mpi.families import LAYOUTS, PROGRAM
 from tests.mpi.test_mpi import mpirun
 
 
@@ -34,11 +39,54 @@ def test_frames_equal_diffusers_on_one_to_three_ranks_in_batches(checkpoints: Pa
 
 
 def test_the_program_renders_them_each_half_of_guidance_on_a_rank(checkpoints: Path) -> None:
-    assert mpirun(2, "program", str(checkpoints), module="tests.mpi.families") == dict.fromkeys(EXAMPLES, 0)
-    for name, example in EXAMPLES.items():
+    assert mpirun(2, "program", str(checkpoints), module="tests.mpi.families") == dict.fromkeys(PROGRAM, 0)
+    for name in PROGRAM:
+        example = EXAMPLES[name]
         expected = np.load(checkpoints / f"{name}.npy").astype(int)
         for (_, _, seed), levels in zip(PROMPTS, expected, strict=True):
             with h5py.File(checkpoints / f"{name}-out" / "videos" / f"{seed}.h5") as file:
                 assert abs(file["frames"][:].astype(int) - levels).max() <= 1, f"{name}, {seed}"
                 swapped = b"exchange cfg" in set(file["trace/events"]["name"])
             assert swapped == example.guided, name
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_a_checkpoint_that_is_not_whole_or_of_another_kind_is_refused(
+    checkpoints: Path, tmp_path: Path, name: str
+) -> None:
+    folder = shutil.copytree(checkpoints / name, tmp_path / name)
+    whole = inspect(folder)
+    assert whole.family in name and set(whole.weights) <= set(whole.parts)
+    for part in whole.weights:
+        config = folder / part / "config.json"
+        before = config.read_text()
+        if part.startswith(("transformer", "vae")):
+            edit(config, _class_name="AutoencoderDC")
+            assert refusal(folder).startswith(f"{part}/config.json: _class_name: 'AutoencoderDC' is not supported")
+        config.unlink()
+        assert refusal(folder).startswith(f"{part}/config.json: no such file")
+        config.write_text(before)
+        (file,) = (folder / part).glob("*.safetensors")
+        data = file.read_bytes()
+        file.unlink()
+        assert "no such file; the checkpoint is not complete" in refusal(folder)
+        file.write_bytes(data[:-1])
+        assert "the copy is not complete" in refusal(folder)
+        file.write_bytes(data)
+    edit(folder / "transformer/config.json", num_layers=whole.transformer["num_layers"] + 1)
+    said = refusal(folder)
+    assert ("as of the first transformer" if "transformer_2" in whole.parts else "is missing; config.json asks") in said
+    edit(folder / "model_index.json", _class_name="SanaVideoPipeline")
+    said = refusal(folder)
+    assert all(pipeline in said for family in families().values() for pipeline in family.pipelines)
+
+
+@pytest.mark.parametrize("name", sorted(families()))
+def test_a_family_has_defaults_that_its_models_can_make(checkpoints: Path, name: str) -> None:
+    """Of the sizes of real models, whose VAEs are as many levels deep as those of the examples, or deeper."""
+    example = next(example for example in EXAMPLES if example.startswith(name))
+    config = load([f"model.path={checkpoints / example}"])
+    assert config is not None
+    sampling, of = resolve_sampling(config, name), shape(inspect(checkpoints / example))
+    of.legal(sampling.num_frames, sampling.height, sampling.width)
+    assert of.images == (sampling.num_frames == 1)

@@ -157,7 +157,11 @@ REFUSED: dict[str, tuple[Any, ...]] = {  # arguments, and what the line must hol
     "misspelt key": (["sampling.stepz=3"], "sampling.stepz: unknown key", "did you mean sampling.steps?"),
     "added key": (["+sampling.more=3"], "sampling.more: unknown key"),
     "removed key": (["~transport.timeout_s"], "transport.timeout_s=null: must be a number, more than 0"),
-    "unknown option": (["model=foo"], "model=foo", "demo, wan, wan2.1-1.3b, wan2.1-14b"),
+    "unknown option": (
+        ["model=foo"],
+        "model=foo",
+        "cogvideox, demo, flux, hunyuanvideo, ltx, qwenimage, wan, wan2.1-1.3b, wan2.1-14b",
+    ),
     "option for key": (["parallel=torus"], "did you mean parallel.method=torus?"),
     "group for key": (["sampling=5"], "'sampling=5'", "sampling.num_frames"),
     "part for key": (["trace=2"], "trace.level"),
@@ -289,7 +293,7 @@ def test_help_names_every_key_and_the_groups(capsys: pytest.CaptureFixture[str],
     text = capsys.readouterr().out
     missing = [key for key in RULES if not key.startswith(("model.sampling.", "model.shape.")) and key not in text]
     assert missing == []
-    assert "model: demo, wan, wan2.1-1.3b, wan2.1-14b" in text
+    assert "model: cogvideox, demo, flux, hunyuanvideo, ltx, qwenimage, wan, wan2.1-1.3b, wan2.1-14b" in text
     assert list(empty_folder.iterdir()) == []
 
 

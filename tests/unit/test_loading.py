@@ -64,8 +64,8 @@ NO_CODE = "classes of diffusers and transformers; custom code is never run"
     [
         (
             "_class_name",
-            "WanImageToVideoPipeline",
-            "'WanImageToVideoPipeline'",
+            "WanVACEPipeline",
+            "'WanVACEPipeline'",
             "CogVideoXPipeline, FluxPipeline, ",
         ),
         ("_class_name", None, "None", NO_CODE),

@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from hpcdit.errors import InputError
 from hpcdit.models.loading import ModelFolder, inspect
 from hpcdit.models.lora import Lora, with_lora
+from hpcdit.models.pipeline import PipelineAdapter
 from hpcdit.models.staging import staged
-from hpcdit.models.wan import Wan
 from tests.checkpoints import MODEL_WEIGHTS, make_wan
 
 LAYERS = ("blocks.0.attn1.to_q", "blocks.1.attn2.to_out.0", "blocks.1.ffn.net.0.proj")
@@ -72,7 +72,7 @@ def test_a_lora_is_fused_whatever_its_keys_are_called(
     path, pairs = tmp_path / "adapter_model.safetensors", factors(weights)
     factor = write(path, form, pairs) * SCALE
     with staged(folder, "float32", Lora.read(path, SCALE, WanPipeline), shared=False) as place:
-        adapter = Wan.load(replace(folder, path=place))
+        adapter = PipelineAdapter.load(replace(folder, path=place))
     found: dict[str, torch.Tensor] = adapter._pipe.transformer.state_dict()
     for layer, (down, up) in zip(LAYERS, pairs, strict=True):
         expected = weights[f"{layer}.weight"] + factor * (up @ down)
@@ -84,10 +84,10 @@ def test_a_lora_is_fused_whatever_its_keys_are_called(
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_staged_weights_are_what_diffusers_loads_and_no_rank_has_its_own(folder: ModelFolder, dtype: str) -> None:
-    expected = Wan.load(folder, dtype)
+    expected = PipelineAdapter.load(folder, dtype)
     with staged(folder, dtype, None, shared=True) as place:
         assert (place == folder.path) == (dtype == "float32")
-        found = Wan.load(replace(folder, path=place), dtype)
+        found = PipelineAdapter.load(replace(folder, path=place), dtype)
         lines = Path("/proc/self/maps").read_text().splitlines()
     assert place == folder.path or not place.exists()
     ours_alone = [line for line in lines if "memfd:hpcdit" in line or line.endswith(".safetensors")]

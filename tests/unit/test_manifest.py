@@ -2,6 +2,7 @@ import errno
 import json
 import os
 import tracemalloc
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,9 @@ from hypothesis import strategies as st
 from hpcdit.config import Sampling
 from hpcdit.errors import InputError
 from hpcdit.keys import SAMPLING_RULES
-from hpcdit.render.manifest import FILE_BYTES, JOBS, Job, read
+from hpcdit.models.loading import ModelShape
+from hpcdit.render.manifest import FILE_BYTES, JOBS, Job, fits, read
+from tests.checkpoints import write_picture
 
 EXAMPLES = int(os.environ.get("HPCDIT_EXAMPLES", "250"))  # of each test of any input
 DEFAULTS = Sampling(
@@ -137,7 +140,9 @@ LINES_THAT_ARE_NO_JOB = {
     '{"prompt": "a", "promt": 1}': "prompts.jsonl:2: promt: unknown field, did you mean prompt?",
     '{"prompt": "a", "width_": 1}': "prompts.jsonl:2: width_: unknown field, did you mean width?",
     '{"prompt": "a", "\\n\\u001b[31m": 1}': "prompts.jsonl:2: \\x1b[31m: unknown field; allowed: prompt",
-    '{"prompt": "a", "image": "cat.png"}': "prompts.jsonl:2: image: not supported",
+    '{"prompt": "a", "image": "cat.png"}': "prompts.jsonl:2: image: 'cat.png': No such file or directory; allowed",
+    '{"prompt": "a", "image": "prompts.jsonl"}': "prompts.jsonl:2: image: 'prompts.jsonl': not a picture; allowed: ",
+    '{"prompt": "a", "image": 7}': "prompts.jsonl:2: image: 7; allowed: text",
     "{}": "prompts.jsonl:2: prompt: missing",
     '{"prompt": ""}': "prompts.jsonl:2: prompt: empty",
     '{"prompt": " \\n\\t\\u3000"}': "prompts.jsonl:2: prompt: empty",
@@ -338,3 +343,41 @@ def test_the_key_of_a_job_is_its_content_and_nothing_of_its_place(tmp_path: Path
     assert one.key() == {"prompt": "a", "negative_prompt": "", "sampling": {**vars(DEFAULTS), "seed": 8}}
     for line in ('"prompt": "A"', '"prompt": "a", "negative_prompt": "b"', '"prompt": "a", "fps": 17'):
         assert jobs_of(tmp_path, f'{{{line}, "seed": 8}}')[0].key() != one.key()
+
+
+WAN = ModelShape(40, 40, 128, 16, (1, 2, 2), 4, 8, multiple=16)
+
+
+def test_a_picture_is_a_part_of_what_identifies_a_video(tmp_path: Path) -> None:
+    write_picture(tmp_path / "a.png")
+    (tmp_path / "b.png").write_bytes((tmp_path / "a.png").read_bytes())
+    write_picture(tmp_path / "c.png", (71, 50))
+    lines = "".join(f'{{"prompt": "a", "seed": 8, "id": "{name}", "image": "{name}.png"}}\n' for name in "abc")
+    a, b, c = jobs_of(tmp_path, lines)
+    (none,) = jobs_of(tmp_path, '{"prompt": "a", "seed": 8}')
+    assert a.image == str(tmp_path / "a.png") and a.key() == b.key()
+    assert len({json.dumps(job.key()) for job in (a, c, none)}) == 3
+
+
+def test_a_picture_is_there_if_the_model_starts_from_one(tmp_path: Path) -> None:
+    write_picture(tmp_path / "a.png")
+    jobs = jobs_of(tmp_path, '{"prompt": "a", "image": "a.png"}\n{"prompt": "b"}')
+    with pytest.raises(InputError, match="jsonl:2: image: missing, this model starts from a picture; allowed: a path"):
+        fits(jobs, DEFAULTS, replace(WAN, image=True))
+    with pytest.raises(InputError, match="jsonl:1: image: this model takes none"):
+        fits(jobs, DEFAULTS, WAN)
+
+
+@pytest.mark.parametrize("size, said", [((15, 50), "15 x 50 pixels"), ((16, 16), "")])
+def test_a_picture_has_sides(tmp_path: Path, size: tuple[int, int], said: str) -> None:
+    write_picture(tmp_path / "a.png", size)
+    line = '{"prompt": "a", "image": "a.png"}'
+    if not said:
+        assert jobs_of(tmp_path, line)[0].image_sha256
+        return
+    with pytest.raises(InputError, match=f"{said}; allowed: a picture that can be read"):
+        jobs_of(tmp_path, line)
+    data = (tmp_path / "a.png").read_bytes()
+    (tmp_path / "a.png").write_bytes(data[: len(data) // 2])
+    with pytest.raises(InputError, match="allowed: a picture that can be read"):
+        jobs_of(tmp_path, line)

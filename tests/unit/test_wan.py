@@ -75,7 +75,7 @@ class Member:
     """One thread's part of a group, as a `hpcdit.models.base.Sequence`."""
 
     def __init__(self, group: Group, rank: int) -> None:
-        self.group, self.rank, self.tokens = group, rank, group.ranks[rank]
+        self.group, self.rank, self.shares, self.tokens = group, rank, tuple(group.ranks), group.ranks[rank]
         self.published: dict[str, torch.Tensor] = {}
         self.tensors = "vkq"
         self.spans, self.traffic = UNTIMED, Traffic()

@@ -1,10 +1,13 @@
-"""Wan 2.1 and 2.2 text-to-video: one transformer, two that share the steps (2.2 A14B), or a finer VAE (2.2 5B)."""
+"""Wan 2.1 and 2.2, from text or from text and a picture.
+
+One transformer, two that share the steps (2.2 A14B), or a finer VAE and a timestep a token (2.2 5B).
+"""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..configs import Config
-from ..family import Family, encoder, model, parts, scheduler, tokenizer
+from ..family import Family, encoder, model, parts, processor, scheduler, tokenizer, unscaled
 from ..loading import ModelFolder, ModelShape
 from . import wan_configs as configs
 
@@ -15,13 +18,18 @@ if TYPE_CHECKING:
     from ..split import Split
 
 
+IMAGE = "WanImageToVideoPipeline"
+
+
 class Wan(Family):
-    pipelines = ("WanPipeline",)
+    pipelines = "WanPipeline", IMAGE
     components = parts(
         transformer=model("WanTransformer3DModel", configs.TRANSFORMER_DEFAULTS),
         transformer_2=model("WanTransformer3DModel", configs.TRANSFORMER_DEFAULTS, needed=False),
         vae=model("AutoencoderKLWan", configs.VAE_DEFAULTS),
         text_encoder=encoder("UMT5EncoderModel"),
+        image_encoder=encoder("CLIPVisionModel", needed=False),
+        image_processor=processor("CLIPImageProcessor", "CLIPImageProcessorPil"),
         tokenizer=tokenizer("T5TokenizerFast", "T5Tokenizer"),
         scheduler=scheduler(
             "UniPCMultistepScheduler",
@@ -31,21 +39,27 @@ class Wan(Family):
         ),
     )
 
+    layers: Mapping[str, str] = {"num_layers": "blocks.{}.attn1.to_q.weight"}
+
     def check(self, index: Config, found: Mapping[str, Config]) -> None:
         configs.check_index(index, experts=1 + ("transformer_2" in found))
-        configs.check_transformer(found["transformer"])
+        image, transformer, vae = index["_class_name"] == IMAGE, found["transformer"], found["vae"]
+        configs.check_transformer(transformer, image)
         if "transformer_2" in found:
-            configs.check_experts(found["transformer"], found["transformer_2"])
-        configs.check_vae(found["vae"])
-        configs.check_together(found["transformer"], found["vae"], found["text_encoder"])
+            configs.check_experts(transformer, found["transformer_2"])
+        configs.check_vae(vae)
+        if image:
+            configs.check_image(index, transformer, vae, found.get("image_encoder"))
+        else:
+            configs.check_latents(transformer, vae)
+        configs.check_text(transformer, found["text_encoder"])
 
     def tensors(self, part: str, config: Config) -> Mapping[str, tuple[int, ...] | None]:
-        if not part.startswith("transformer"):
+        found = super().tensors(part, config)
+        if not found:
             return {}
-        width, layers = config["num_attention_heads"] * config["attention_head_dim"], config["num_layers"]
-        patch = {"patch_embedding.weight": (width, config["in_channels"], *config["patch_size"])}
-        blocks = {f"blocks.{i}.attn1.to_q.weight": (width, width) if i < layers else None for i in range(layers + 1)}
-        return {**patch, **blocks}
+        width = config["num_attention_heads"] * config["attention_head_dim"]
+        return {"patch_embedding.weight": (width, config["in_channels"], *config["patch_size"]), **found}
 
     def shape(self, folder: ModelFolder) -> ModelShape:
         transformer, vae = folder.transformer, folder.vae
@@ -60,6 +74,8 @@ class Wan(Family):
             max_patches=transformer["rope_max_seq_len"],
             multiple=16,  # WanPipeline.check_inputs
             ffn_dim=transformer["ffn_dim"],
+            image=folder.pipeline == IMAGE,
+            text=512 if transformer["image_dim"] else 0,  # WanAttnProcessor: what comes before is the picture's
         )
 
     def split(self, model: Any, split: "Split") -> None:
@@ -81,20 +97,14 @@ class Wan(Family):
 
     def noise(self, pipe: Any, num_frames: int, height: int, width: int, generator: "Generator") -> "Tensor":
         import torch
+        from diffusers.utils.torch_utils import randn_tensor
 
-        channels = pipe.transformer.config.in_channels
-        return pipe.prepare_latents(
-            1, channels, height, width, num_frames, torch.float32, pipe.device, generator=generator
-        )
+        temporal, spatial = pipe.vae_scale_factor_temporal, pipe.vae_scale_factor_spatial
+        sizes = pipe.vae.config.z_dim, (num_frames - 1) // temporal + 1, height // spatial, width // spatial
+        return randn_tensor((1, *sizes), generator=generator, device=pipe.device, dtype=torch.float32)
 
     def decode(self, pipe: Any, latents: "Tensor") -> "Tensor":
-        import torch
-
-        config = pipe.vae.config
-        mean, std = (torch.tensor(values).view(1, -1, 1, 1, 1) for values in (config.latents_mean, config.latents_std))
-        # Dividing by the inverse instead of multiplying is what the pipeline does: the same bits.
-        scaled = latents / (1 / std).to(latents) + mean.to(latents)
-        return pipe.vae.decode(scaled, return_dict=False)[0]
+        return pipe.vae.decode(unscaled(pipe.vae, latents), return_dict=False)[0]
 
 
 FAMILY = Wan()

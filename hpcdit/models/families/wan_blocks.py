@@ -82,14 +82,20 @@ class Cross:
         attention_mask: None,
         rotary_emb: None,
     ) -> Tensor:
-        """Cross-attention of [B, tokens, C] to the text, [B, text tokens, C]."""
+        """Cross-attention of [B, tokens, C] to the text, [B, text tokens, C]; or a picture and 512 tokens of text."""
         q, text = attn.norm_q(attn.to_q(hidden_states)), encoder_hidden_states
-        parts = q, attn.norm_k(attn.to_k(text)), attn.to_v(text)
-        q, k, v = (x.unflatten(2, (attn.heads, -1)) for x in parts)
-        out = self._attend(q, k, v).flatten(2).type_as(hidden_states)
+        picture, text = (text[:, :-512], text[:, -512:]) if attn.add_k_proj is not None else (None, text)
+        out = self._attended(attn, q, attn.norm_k(attn.to_k(text)), attn.to_v(text))
+        if picture is not None:
+            added = self._attended(attn, q, attn.norm_added_k(attn.add_k_proj(picture)), attn.add_v_proj(picture))
+            out = out + added
         for layer in attn.to_out:
             out = layer(out)
         return out
+
+    def _attended(self, attn: Any, *parts: Tensor) -> Tensor:
+        q, k, v = (x.unflatten(2, (attn.heads, -1)) for x in parts)
+        return self._attend(q, k, v).flatten(2).type_as(q)
 
     @torch.compiler.disable  # the kernels' libraries are not for tracing
     def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -36,21 +36,37 @@ def check_index(index: Config, experts: int) -> None:
     ratio = one if experts == 1 else "a number between 0 and 1: the second transformer's share of the noise levels"
     good = (lambda r: r is None) if experts == 1 else (lambda r: type(r) is float and 0 < r < 1)
     index.need("boundary_ratio", good, ratio)
-    index.need("expand_timesteps", lambda flag: flag in (None, False, True), "true or false")
+    index.need("expand_timesteps", lambda flag: flag is None or type(flag) is bool, "true or false")
     if experts == 2:
         index.need("expand_timesteps", lambda flag: not flag, "false (with two transformers)")
 
 
-def check_transformer(config: Config) -> None:
-    """Raises InputError unless this is a Wan text-to-video transformer's configuration."""
+def check_transformer(config: Config, image: bool) -> None:
+    """Raises InputError unless this is a Wan transformer's configuration; image: of one that starts from a picture."""
     check_counts(config, "num_layers", "num_attention_heads", "in_channels", "text_dim", "rope_max_seq_len", "ffn_dim")
     # The head is cut in three for the rotary embedding (frames, rows, columns), each part in pairs.
     config.need("attention_head_dim", lambda n: count(n) and n % 2 == 0 and n >= 6, "an even number, at least 6")
     config.need("patch_size", lambda p: counts(p) and len(p) == 3, "three whole numbers (frames, rows, columns)")
+    if image:
+        width = config["num_attention_heads"] * config["attention_head_dim"]
+        added = width if config["image_dim"] else None
+        config.need("image_dim", lambda n: n is None or count(n), f"null or {COUNT}")
+        config.need("added_kv_proj_dim", lambda n: n == added, f"{added}, with this image_dim")
+        return
     for key in ("image_dim", "added_kv_proj_dim"):
         config.need(key, lambda value: value is None, "null (text to video; this model wants an image)")
     same = (None, config["in_channels"])
     config.need("out_channels", lambda n: n in same, f"as in_channels, {config['in_channels']}")
+
+
+def check_image(index: Config, transformer: Config, vae: Config, encoder: Config | None) -> None:
+    """Raises InputError unless a transformer takes a picture as the pipeline gives it: as latents, and encoded."""
+    z_dim = vae["z_dim"]
+    taken = z_dim if index["expand_timesteps"] else 2 * z_dim + vae["scale_factor_temporal"]
+    transformer.need("in_channels", lambda n: n == taken, f"{taken}, the noise, the picture's latents and their mask")
+    transformer.need("out_channels", lambda n: n == z_dim, f"{z_dim}, the VAE's z_dim")
+    width = encoder and encoder["hidden_size"]
+    transformer.need("image_dim", lambda n: n == width, f"{width}, of the image encoder")
 
 
 def check_vae(config: Config) -> None:
@@ -77,12 +93,16 @@ def check_vae(config: Config) -> None:
     config.need("latents_std", lambda ns: numbers(ns, z_dim) and all(ns or [1]), f"{allowed}, none 0")
 
 
-def check_together(transformer: Config, vae: Config, text_encoder: Config) -> None:
-    """Raises InputError unless latents and text embeddings have the sizes that the transformer takes."""
-    z_dim, d_model = vae["z_dim"], text_encoder["d_model"]
-    transformer.need(
-        "in_channels", lambda n: n == z_dim, f"{z_dim}, the VAE's z_dim (more is for models with an image)"
-    )
+def check_latents(transformer: Config, vae: Config) -> None:
+    """Raises InputError unless latents alone are what the transformer takes."""
+    z_dim = vae["z_dim"]
+    allowed = f"{z_dim}, the VAE's z_dim (more is for models with an image)"
+    transformer.need("in_channels", lambda n: n == z_dim, allowed)
+
+
+def check_text(transformer: Config, text_encoder: Config) -> None:
+    """Raises InputError unless text embeddings have the size that the transformer takes."""
+    d_model = text_encoder["d_model"]
     transformer.need("text_dim", lambda n: n == d_model, f"{shown(d_model)}, the text encoder's d_model")
 
 
