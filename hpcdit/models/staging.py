@@ -72,6 +72,11 @@ def staged(folder: ModelFolder, dtype: str, lora: Lora | None, shared: bool) -> 
         yield place
 
 
+def readable(place: Path) -> bool:
+    """Whether this process, too, can read what `staged` gave another one of this host."""
+    return place.is_dir() and all(os.access(path, os.R_OK) for path in place.glob("*/*.safetensors"))
+
+
 @contextmanager
 def told_of(place: Path, folder: Path) -> Iterator[None]:
     """Errors about the folder of links are told of the user's folder."""
