@@ -26,7 +26,7 @@ def main(words: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Checks that videos are what this version says a video is.")
     parser.add_argument("videos", nargs="+", type=Path, help="output folders of runs, or video files (.h5)")
     try:
-        import jsonschema
+        import jsonschema  # type: ignore[import-untyped, unused-ignore]
     except ImportError:
         print("validate: jsonschema is missing: pip install jsonschema", file=sys.stderr)
         return 2
