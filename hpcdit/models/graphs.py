@@ -1,7 +1,7 @@
 """Passes of a model, on GPUs as CUDA graphs: the host starts one thing a pass instead of thousands."""
 
 import time
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,12 +15,15 @@ if TYPE_CHECKING:
     from .base import Sequence
 
 
+Name = tuple[str, int]  # of an input, and the place in it where it is a tuple; else -1
+
+
 @dataclass
 class Captured:
     """One pass: what goes in, and what comes out, stays where it is. moved: bytes that each replay moves."""
 
     graph: torch.cuda.CUDAGraph
-    inputs: dict[str, Tensor]
+    inputs: dict[Name, Tensor]
     outputs: tuple[Tensor, ...]
     tape: Tape
     moved: Traffic
@@ -53,8 +56,8 @@ class Passes:
     def __call__(self, **inputs: Any) -> tuple[Tensor, ...]:
         if not self._graph:
             return self._as_it_is(inputs)
-        tensors = {name: x for name, x in inputs.items() if isinstance(x, Tensor)}
-        others = {name: x for name, x in inputs.items() if name not in tensors}
+        tensors = dict(_tensors(inputs))
+        others = {name: x for name, x in inputs.items() if name not in {name for name, _ in tensors}}
         key = (*((n, x.shape, x.dtype) for n, x in tensors.items()), *sorted((n, repr(x)) for n, x in others.items()))
         if key not in self._seen:
             self._seen.add(key)
@@ -75,7 +78,7 @@ class Passes:
         with self._spans.launch():
             return self._compute(**inputs)
 
-    def _capture(self, tensors: dict[str, Tensor], others: dict[str, Any]) -> Captured:
+    def _capture(self, tensors: dict[Name, Tensor], others: dict[str, Any]) -> Captured:
         held = {name: x.clone() for name, x in tensors.items()}
         graph = torch.cuda.CUDAGraph()
         # They are replayed one after the other, and outputs are copied at once: one memory is enough for all.
@@ -85,8 +88,25 @@ class Passes:
         try:
             # Relaxed: another thread may decode meanwhile.
             with self._spans.capture() as tape, torch.cuda.graph(graph, pool=pool, capture_error_mode="relaxed"):
-                outputs = self._compute(**held, **others)
+                outputs = self._compute(**_whole(held), **others)
         finally:
             moved = self._traffic.take()
             self._traffic.add(before)
         return Captured(graph, held, outputs, tape, moved)
+
+
+def _tensors(inputs: Mapping[str, Any]) -> Iterator[tuple[Name, Tensor]]:
+    """Those among the inputs, and those in inputs that are tuples of them, as rotary tables are."""
+    for name, x in inputs.items():
+        if isinstance(x, Tensor):
+            yield (name, -1), x
+        elif isinstance(x, tuple) and x and all(isinstance(part, Tensor) for part in x):
+            yield from (((name, place), part) for place, part in enumerate(x))
+
+
+def _whole(tensors: Mapping[Name, Tensor]) -> dict[str, Any]:
+    """The inputs that `_tensors` found these in."""
+    found = dict[str, Any]()
+    for (name, place), x in tensors.items():
+        found[name] = x if place < 0 else (*found.get(name, ()), x)
+    return found
