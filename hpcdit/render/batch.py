@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from ..config import Config, Sampling, demo_model, demo_prompts, resolve_sampling
 from ..errors import InputError
@@ -23,6 +23,9 @@ from .checkpoints import FOLDER as CHECKPOINTS
 from .manifest import Job, estimate_bytes, fits, read
 from .plan import fixed, workload
 from .resume import resume
+
+if TYPE_CHECKING:
+    from ..group import Group
 
 LOCK = ".lock"
 FILES = (LOCK, "run.log", "job.h5", CATALOG)  # what a run writes beside the videos
@@ -81,6 +84,21 @@ def prepare(config: Config, nodes: Sequence[int]) -> Batch:
     todo = tuple(job for job in left if config.queue.mine(job.index))
     check_output(Path(config.output.dir), estimate_bytes(todo))
     return Batch(folder, todo, done, tuple(job for job in left if not config.queue.mine(job.index)))
+
+
+def as_it_is_now(config: Config, world: "Group", nodes: Sequence[int], batch: Batch) -> Batch:
+    """The batch without the videos that another run has made since `prepare` looked, before it let go of the folder.
+
+    Collective; to be called while the output folder is held.
+    """
+
+    def late() -> bool:
+        with os.scandir(Path(config.output.dir) / "videos") as there:
+            return not {f"{job.id}.h5" for job in batch.todo}.isdisjoint(entry.name for entry in there)
+
+    if not world.agree(late, "the output folder"):
+        return batch
+    return Batch.from_dict(world.agree(lambda: prepare(config, nodes).to_dict(), "the prompts"))
 
 
 def check_links(folder: Path) -> None:

@@ -28,7 +28,7 @@ from ..terminal import say
 from ..transport import Network
 from ..transport.heap import HEAP_BYTES
 from . import films
-from .batch import Batch, output_folder
+from .batch import Batch, as_it_is_now, output_folder
 from .checkpoints import Checkpoints
 from .decoding import RowDecoder, row_decoder
 from .engine import Engine
@@ -55,6 +55,7 @@ def render(config: Config, world: World, cluster: Cluster, batch: Batch, stop: S
     with ExitStack() as stack:
         shared = config.queue.claims
         world.agree(lambda: stack.enter_context(output_folder(folder, shared)) and None, "the output folder")
+        batch = as_it_is_now(config, world, cluster.nodes, batch)
         report = _report(config, cluster, batch) if world.rank == 0 else None
         _log_processes(world, cluster, report)
         try:

@@ -3,7 +3,9 @@
 import fcntl
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -109,3 +111,21 @@ def test_bad_input_that_is_found_late_leaves_nothing_of_a_run_that_shares_remove
         (out / "job.h5").write_text("of another run")
         raise InputError("a model that does not load")
     assert (out / "job.h5").exists()
+
+
+def test_what_another_run_made_before_it_let_go_of_the_folder_is_not_made_again(
+    out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Alone:
+        def agree(self, first: Callable[[], Any], what: str) -> Any:
+            return first()
+
+    config = load([f"prompts={out.parent / 'p.jsonl'}", f"output.dir={out}"])
+    assert config is not None
+    found, world = prepare(config, [0]), Alone()
+    later = replace(found, todo=(), done=found.todo)
+    monkeypatch.setattr(batch, "prepare", lambda config, nodes: later)
+    with output_folder(out) as videos:
+        assert batch.as_it_is_now(config, world, [0], found) is found  # type: ignore[arg-type]
+        (videos / "x.h5").touch()
+        assert batch.as_it_is_now(config, world, [0], found) == later  # type: ignore[arg-type]
