@@ -96,7 +96,8 @@ class Heartbeats:
 
     def lost(self, error: MPI.Exception, peers: Sequence[int], what: str, timeout_s: float) -> Exception:
         """PeerLost, if MPI has failed because one of `peers` is gone; else MPI's error as it is."""
-        if error.Get_error_class() != MPI.ERR_OTHER:  # not a broken connection but a mistake of the program
+        # Of several requests MPI says what went wrong in their statuses. Else it is a mistake of the program.
+        if error.Get_error_class() not in (MPI.ERR_OTHER, MPI.ERR_IN_STATUS):
             return error
         end, watch = time.monotonic() + NAMING_S, self.watch(peers, what, timeout_s)
         try:

@@ -63,12 +63,13 @@ class Broken:
         raise MPI.Exception(MPI.ERR_OTHER)
 
 
+@pytest.mark.parametrize("kind", [MPI.ERR_OTHER, MPI.ERR_IN_STATUS])
 def test_an_error_of_mpi_names_the_rank_that_cannot_be_asked_any_more(
-    far: Heartbeats, monkeypatch: pytest.MonkeyPatch
+    kind: int, far: Heartbeats, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as broken:
         broken.setattr(far, "_comm", Broken())
-        found = far.lost(MPI.Exception(MPI.ERR_OTHER), [0], "a piece", TIMEOUT_S)
+        found = far.lost(MPI.Exception(kind), [0], "a piece", TIMEOUT_S)
     assert isinstance(found, PeerLost)
     assert str(found).startswith("rank 0 is gone while waiting for a piece (Other MPI error)")
 
