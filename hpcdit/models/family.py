@@ -116,9 +116,21 @@ class Family(ABC):
                 found |= {name.format(i): (width, width) if i < count else None for i in range(count + 1)}
         return found
 
-    @abstractmethod
     def shape(self, folder: "ModelFolder") -> "ModelShape":
         """The model's numbers, from its checked configurations."""
+        from .loading import ModelShape
+
+        transformer = folder.transformer
+        return ModelShape(
+            layers=sum(transformer[key] for key in self.layers),
+            heads=transformer["num_attention_heads"],
+            head_dim=transformer["attention_head_dim"],
+            **self.sizes(folder),
+        )
+
+    @abstractmethod
+    def sizes(self, folder: "ModelFolder") -> dict[str, Any]:
+        """Those that families have under names of their own: all others of ModelShape."""
 
     @abstractmethod
     def split(self, model: Any, split: "Split") -> None:

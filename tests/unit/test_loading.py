@@ -93,7 +93,7 @@ def test_a_pipeline_of_another_kind_is_refused(wan: Path, key: str, value: objec
 
 def test_pipelines_with_one_expert_may_say_so(wan: Path) -> None:
     edit(wan / "model_index.json", transformer_2=[None, None], boundary_ratio=None, expand_timesteps=False)
-    inspect(wan)
+    assert inspect(wan).pipeline == "WanPipeline"
 
 
 def test_a_module_that_would_take_the_place_of_a_library_is_refused(wan: Path) -> None:

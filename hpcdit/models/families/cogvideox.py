@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..configs import Config, check_counts
 from ..family import Family, encoder, model, parts, scheduler, tokenizer
-from ..loading import ModelFolder, ModelShape
+from ..loading import ModelFolder
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
@@ -52,12 +52,9 @@ class CogVideoX(Family):
             transformer.need(key, lambda n: n == channels, f"{channels}, the VAE's latent_channels")  # noqa: B023
         transformer.need("text_embed_dim", lambda n: n == text["d_model"], f"{text['d_model']}, the text encoder's")
 
-    def shape(self, folder: ModelFolder) -> ModelShape:
+    def sizes(self, folder: ModelFolder) -> dict[str, Any]:
         transformer, vae = folder.transformer, folder.vae
-        return ModelShape(
-            layers=transformer["num_layers"],
-            heads=transformer["num_attention_heads"],
-            head_dim=transformer["attention_head_dim"],
+        return dict(
             latent_channels=vae["latent_channels"],
             patch=(1, transformer["patch_size"], transformer["patch_size"]),
             vae_temporal=vae["temporal_compression_ratio"],

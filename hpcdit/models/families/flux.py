@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..configs import Config, check_counts
 from ..family import Family, encoder, model, parts, scheduler, tokenizer
-from ..loading import ModelFolder, ModelShape
+from ..loading import ModelFolder
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
@@ -56,12 +56,9 @@ class Flux(Family):
         pooled = found["text_encoder"]["hidden_size"]
         transformer.need("pooled_projection_dim", lambda n: n == pooled, f"{pooled}, of text_encoder")
 
-    def shape(self, folder: ModelFolder) -> ModelShape:
-        transformer, vae = folder.transformer, folder.vae
-        return ModelShape(
-            layers=transformer["num_layers"] + transformer["num_single_layers"],
-            heads=transformer["num_attention_heads"],
-            head_dim=transformer["attention_head_dim"],
+    def sizes(self, folder: ModelFolder) -> dict[str, Any]:
+        vae = folder.vae
+        return dict(
             latent_channels=vae["latent_channels"],
             patch=self.patch,
             vae_temporal=1,

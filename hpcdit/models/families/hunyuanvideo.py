@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..configs import Config, check_counts
 from ..family import Family, encoder, model, parts, scheduler, tokenizer
-from ..loading import ModelFolder, ModelShape
+from ..loading import ModelFolder
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
@@ -63,12 +63,9 @@ class HunyuanVideo(Family):
         pooled = found["text_encoder_2"]["hidden_size"]
         transformer.need("pooled_projection_dim", lambda n: n == pooled, f"{pooled}, of text_encoder_2")
 
-    def shape(self, folder: ModelFolder) -> ModelShape:
+    def sizes(self, folder: ModelFolder) -> dict[str, Any]:
         transformer, vae = folder.transformer, folder.vae
-        return ModelShape(
-            layers=transformer["num_layers"] + transformer["num_single_layers"],
-            heads=transformer["num_attention_heads"],
-            head_dim=transformer["attention_head_dim"],
+        return dict(
             latent_channels=vae["latent_channels"],
             patch=(transformer["patch_size_t"], transformer["patch_size"], transformer["patch_size"]),
             vae_temporal=vae["temporal_compression_ratio"],

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..configs import Config, check_counts
 from ..family import Family, encoder, model, parts, scheduler, tokenizer
-from ..loading import ModelFolder, ModelShape
+from ..loading import ModelFolder
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
@@ -63,13 +63,10 @@ class LTX(Family):
         scaling = vae["spatio_temporal_scaling"]
         vae.need("spatio_temporal_scaling", lambda flags: isinstance(scaling, list), "a list of true or false")
 
-    def shape(self, folder: ModelFolder) -> ModelShape:
-        transformer, vae = folder.transformer, folder.vae
+    def sizes(self, folder: ModelFolder) -> dict[str, Any]:
+        vae = folder.vae
         halvings = sum(vae["spatio_temporal_scaling"])
-        return ModelShape(
-            layers=transformer["num_layers"],
-            heads=transformer["num_attention_heads"],
-            head_dim=transformer["attention_head_dim"],
+        return dict(
             latent_channels=vae["latent_channels"],
             patch=self.patch,
             vae_temporal=vae["patch_size_t"] * 2**halvings,

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..configs import Config, check_counts, numbers
 from ..family import Family, encoder, model, parts, scheduler, tokenizer, unscaled
-from ..loading import ModelFolder, ModelShape
+from ..loading import ModelFolder
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
@@ -57,12 +57,9 @@ class QwenImage(Family):
         for key in ("latents_mean", "latents_std"):
             vae.need(key, lambda ns: numbers(ns, z_dim), f"a list of z_dim = {z_dim} numbers")
 
-    def shape(self, folder: ModelFolder) -> ModelShape:
-        transformer, vae = folder.transformer, folder.vae
-        return ModelShape(
-            layers=transformer["num_layers"],
-            heads=transformer["num_attention_heads"],
-            head_dim=transformer["attention_head_dim"],
+    def sizes(self, folder: ModelFolder) -> dict[str, Any]:
+        vae = folder.vae
+        return dict(
             latent_channels=vae["z_dim"],
             patch=self.patch,
             vae_temporal=1,

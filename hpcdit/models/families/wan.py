@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..configs import Config
 from ..family import Family, encoder, model, parts, processor, scheduler, tokenizer, unscaled
-from ..loading import ModelFolder, ModelShape
+from ..loading import ModelFolder
 from . import wan_configs as configs
 
 if TYPE_CHECKING:
@@ -61,12 +61,9 @@ class Wan(Family):
         width = config["num_attention_heads"] * config["attention_head_dim"]
         return {"patch_embedding.weight": (width, config["in_channels"], *config["patch_size"]), **found}
 
-    def shape(self, folder: ModelFolder) -> ModelShape:
+    def sizes(self, folder: ModelFolder) -> dict[str, Any]:
         transformer, vae = folder.transformer, folder.vae
-        return ModelShape(
-            layers=transformer["num_layers"],
-            heads=transformer["num_attention_heads"],
-            head_dim=transformer["attention_head_dim"],
+        return dict(
             latent_channels=vae["z_dim"],
             patch=tuple(transformer["patch_size"]),
             vae_temporal=vae["scale_factor_temporal"],
