@@ -1,8 +1,9 @@
 """Pictures for people: MP4 files and contact sheets."""
 
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Literal
@@ -21,18 +22,63 @@ _SMALL, _LARGE = 192, 320  # smaller frames are enlarged to this, larger ones re
 _LINES, _LETTERS = 4, 1000  # of a caption
 
 
-def write_mp4(path: Path, frames: np.ndarray, fps: float) -> None:
+@dataclass(frozen=True)
+class Encoder:
+    """One of FFmpeg's video encoders, by its name there, and what it is told."""
+
+    name: Literal["h264_nvenc", "libx264", "mpeg4"]
+    options: Mapping[str, str]
+
+
+# Of about the same quality: what is lost is hard to see. 118 is FFmpeg's unit of the scale from 1 to 31.
+NVENC = Encoder("h264_nvenc", {"preset": "p5", "rc": "constqp", "qp": "20"})
+X264 = Encoder("libx264", {"crf": "18"})
+MPEG4 = Encoder("mpeg4", {"flags": "+qscale", "global_quality": str(2 * 118)})
+
+
+def software() -> Encoder:
+    """What encodes on any CPU. Where PyAV was built without x264 it is MPEG-4 part 2 (larger; not every browser
+    plays it)."""
+    return X264 if X264.name in av.codecs_available else MPEG4
+
+
+def hardware(gpu: int, height: int, width: int) -> tuple[Encoder, str]:
+    """The encoder of a GPU (its number in CUDA) if it starts with frames of this size, else `software` and why.
+
+    Many GPUs for computing, A100 and H100 among them, have no encoder.
+    """
+    encoder = replace(NVENC, options={**NVENC.options, "gpu": str(gpu)})
+    if encoder.name not in av.codecs_available:
+        return software(), f"PyAV was built without {encoder.name}"
+    try:
+        _encoded(np.zeros((1, height, width, 3), np.uint8), 1, encoder)
+    except av.FFmpegError as error:
+        return software(), f"{encoder.name} does not start: {error.strerror}"
+    return encoder, ""
+
+
+def write_mp4(path: Path, frames: np.ndarray, fps: float, encoder: Encoder | None = None) -> None:
     """Writes frames (uint8 [F, H, W, 3]) as H.264 in MP4, in place of an older file; whole, or not at all.
 
-    Where PyAV was built without x264, MPEG-4 part 2 is used (larger; not every browser plays it). Odd sizes
-    get one more row or column, a copy of the last, because colour is stored for 2 x 2 pixels at a time.
+    encoder: by default `software`, which also helps out where another one fails: a GPU has a limit to what it encodes
+    at a time. Odd sizes get one more row or column, a copy of the last, because colour is stored for 2 x 2 pixels.
     """
+    try:
+        image = _encoded(frames, fps, encoder or software())
+    except av.FFmpegError:
+        if encoder is None:
+            raise
+        image = _encoded(frames, fps, software())
+    atomic.write(path, image.getbuffer(), replace=True)
+
+
+def _encoded(frames: np.ndarray, fps: float, encoder: Encoder) -> io.BytesIO:
     _, height, width, _ = frames.shape
     more = ((0, height % 2), (0, width % 2), (0, 0))
     image = io.BytesIO()
     with av.open(image, "w", format="mp4") as container:
-        codec, options = _encoder()
-        stream = container.add_stream(codec, rate=Fraction(fps).limit_denominator(65535), options=options)
+        rate = Fraction(fps).limit_denominator(65535)
+        stream = container.add_stream(encoder.name, rate=rate, options=dict(encoder.options))
         stream.height, stream.width = height + height % 2, width + width % 2
         stream.pix_fmt = "yuv420p"
         # Said in the file: players guess the colour space from the size otherwise, and not all alike.
@@ -43,16 +89,7 @@ def write_mp4(path: Path, frames: np.ndarray, fps: float) -> None:
             picture = av.VideoFrame.from_ndarray(np.pad(frame, more, mode="edge"), format="rgb24")
             container.mux(stream.encode(picture.reformat(format="yuv420p", dst_colorspace=Colorspace.ITU709)))
         container.mux(stream.encode())
-    atomic.write(path, image.getbuffer(), replace=True)
-
-
-def _encoder() -> tuple[Literal["libx264", "mpeg4"], dict[str, str]]:
-    if "libx264" in av.codecs_available:
-        return "libx264", {"crf": "18"}
-    return "mpeg4", {
-        "flags": "+qscale",
-        "global_quality": str(2 * 118),
-    }  # 118: FFmpeg's unit of its scale 1 to 31
+    return image
 
 
 def contact_sheet(clips: Sequence[tuple[str, np.ndarray]], columns: int = 5) -> Image.Image:

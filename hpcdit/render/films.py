@@ -1,12 +1,24 @@
-"""MP4 files of videos that were finished without one: `output.video=mp4` may be asked for later."""
+"""What makes a run's MP4 files, and those of videos that were finished without: they may be asked for later."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from ..config import Sampling
+from ..device import Device
 from ..errors import BrokenRun
-from ..output.media import write_mp4
+from ..output.media import Encoder, hardware, software, write_mp4
 from ..output.store import read_frames
+
+
+def encoder(device: Device, sizes: Sampling, tell: Callable[[str], None]) -> Encoder:
+    """The encoder of the rank's GPU if it has one that starts with frames of these sizes, else the CPU's; told."""
+    if device.cuda:
+        found, why = hardware(device.torch.index or 0, sizes.height, sizes.width)
+    else:
+        found, why = software(), ""
+    tell(f"MP4 files: {found.name}{why and f', since {why}'}")
+    return found
 
 
 def missing(videos: Path, ids: Iterable[str]) -> list[str]:

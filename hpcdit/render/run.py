@@ -18,6 +18,7 @@ from ..models.families import families
 from ..models.pipeline import PipelineAdapter
 from ..output.catalog import rebuild
 from ..output.claims import Claims, run_name
+from ..output.media import Encoder
 from ..output.record import Row
 from ..output.store import software
 from ..output.trace import EVENT, Trace
@@ -124,7 +125,10 @@ def _render(
     beside = Trace(world.rank, config.trace.level, trace.offset, trace.ranges)  # for what works beside `trace`
     decoder = row_decoder(config.parallel.vae, groups, len(batch.todo), adapter, device, beside)
     provenance = Provenance.of(config, cluster, batch, groups, priced(planner.costs, work, cluster.nodes))
-    finisher = _finisher(config, world, device, adapter, provenance, beside, stack, decoder)
+    film = None
+    if config.output.video == "mp4":
+        film = films.encoder(device, batch.todo[0].sampling, report.log.info if report else lambda text: None)
+    finisher = _finisher(config, world, device, adapter, provenance, beside, stack, decoder, film)
     checkpoints = _checkpoints(config, batch, groups, stack)
     dtype = getattr(torch, config.model.dtype)
     # What belongs to no video is the job's trace.
@@ -179,7 +183,7 @@ def _warn_untimed(trace: Trace, device: Device, graph: bool, report: Report) -> 
 
 def _finisher(
     config: Config, world: World, device: Device, adapter: Adapter, provenance: Provenance, trace: Trace,
-    stack: ExitStack, rows: RowDecoder | None,
+    stack: ExitStack, rows: RowDecoder | None, film: Encoder | None,
 ) -> Finisher:  # fmt: skip
     finisher = Finisher(
         adapter,
@@ -188,7 +192,7 @@ def _finisher(
         provenance,
         trace,
         config.output.compression,
-        config.output.video,
+        film,
         world.cores,
         config.queue.claims,
         config.grace_s / 2,

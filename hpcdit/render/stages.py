@@ -68,13 +68,14 @@ class Finisher:
         record: Callable[[Job, dict[str, Any]], VideoRecord],
         trace: Trace,
         compression: str,
-        video: str,
+        film: media.Encoder | None,
         threads: int,
         shared: bool = False,
         unknown_s: float = 0.0,
         rows: RowDecoder | None = None,
     ) -> None:
-        """shared: other runs write into `folder`, too; unknown_s: what the first video is expected to take here.
+        """film: what makes MP4 files, where they are wanted; shared: other runs write into `folder`, too;
+        unknown_s: what the first video is expected to take here.
 
         rows: where all ranks of the group decode each video together; the owner writes it.
         """
@@ -82,7 +83,7 @@ class Finisher:
         self._unknown_s = unknown_s
         self._adapter, self._device = adapter, device
         self._folder, self._record, self._trace = folder, record, trace
-        self._compression, self._video, self._shared = compression, video, shared
+        self._compression, self._film, self._shared = compression, film, shared
         # A new thread would take all cores otherwise: OpenMP's thread count is a thread's own setting.
         self._pool = ThreadPoolExecutor(1, "hpcdit-finisher", torch.set_num_threads, (threads,))
         self._running: list[Future[Result | None]] = []
@@ -169,8 +170,8 @@ class Finisher:
             return every
 
         path = self._folder / f"{video.job.id}.h5"
-        if self._video == "mp4":  # first: the HDF5 file says that the video is done
-            media.write_mp4(path.with_suffix(".mp4"), frames, video.job.sampling.fps)
+        if self._film:  # first: the HDF5 file says that the video is done
+            media.write_mp4(path.with_suffix(".mp4"), frames, video.job.sampling.fps, self._film)
         record = self._record(video.job, video.plan)
         write_video(path, frames, record, events, self._compression)
         summary = Summary.of(frames[len(frames) // 2], len(frames), every, record.plan)

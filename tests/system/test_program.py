@@ -27,9 +27,10 @@ CAPTIONS = ("a red circle moving left on black", "a blue star growing on grey", 
 
 def test_one_process_renders_without_mpirun(tmp_path: Path) -> None:
     file = prompts(tmp_path / "p.txt", CAPTIONS[:2])
-    ended = run(None, f"prompts={file}", "output.dir=out", *QUICK, cwd=tmp_path)
+    ended = run(None, f"prompts={file}", "output.dir=out", "output.video=mp4", *QUICK, cwd=tmp_path)
     assert ended.returncode == 0, ended.stderr
-    assert len(finished(tmp_path / "out")) == 2
+    assert len(finished(tmp_path / "out")) == len(list((tmp_path / "out" / "videos").glob("*.mp4"))) == 2
+    assert "MP4 files: libx264" in (tmp_path / "out" / "run.log").read_text()
     assert {path.name for path in tmp_path.iterdir()} == {"p.txt", "out"}, "nothing else is made"
 
 

@@ -5,12 +5,26 @@ from pathlib import Path
 
 import av
 import pytest
+import torch
 
+from hpcdit.config import Sampling
+from hpcdit.device import Device, cpu
 from hpcdit.errors import BrokenRun
-from hpcdit.output import store
+from hpcdit.output import media, store
 from hpcdit.render import films
 from tests.unit.test_media import clip, decoded, far
 from tests.unit.test_store import EVENTS, RECORD
+
+SIZES = Sampling(num_frames=5, height=48, width=64, steps=1, guidance_scale=1, seed=0, fps=16, max_sequence_length=8)
+
+
+def test_which_encoder_a_run_uses_and_why_is_one_line() -> None:
+    told: list[str] = []
+    assert films.encoder(cpu(), SIZES, told.append) == media.X264
+    gpu = Device(torch.device("cuda", 99), cpu().kernels, "no GPU")
+    assert films.encoder(gpu, SIZES, told.append) == media.X264
+    assert told[0] == "MP4 files: libx264"
+    assert told[1].startswith("MP4 files: libx264, since h264_nvenc does not start: ")
 
 
 def test_videos_without_an_mp4_get_one_and_others_keep_theirs(tmp_path: Path) -> None:

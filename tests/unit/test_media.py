@@ -77,6 +77,40 @@ def test_without_x264_there_is_a_video_all_the_same(tmp_path: Path, monkeypatch:
     assert far(decoded(tmp_path / "a.mp4"), frames) < 5
 
 
+NO_GPU = 99  # on no machine; what has an encoder fails to find this one
+
+
+def codec(path: Path) -> str:
+    with av.open(str(path)) as container:
+        return container.streams.video[0].codec_context.name
+
+
+def test_without_a_gpu_that_encodes_the_cpu_does_and_the_reason_is_told(tmp_path: Path) -> None:
+    encoder, why = media.hardware(NO_GPU, 64, 64)
+    assert encoder == media.X264 and why.startswith("h264_nvenc does not start: ") and "\n" not in why
+    media.write_mp4(tmp_path / "a.mp4", clip(3, 64, 64), 16, encoder)
+    assert codec(tmp_path / "a.mp4") == "h264"
+
+
+def test_a_gpu_that_encodes_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(media, "NVENC", media.MPEG4)  # in place of one, an encoder that starts on this machine
+    encoder, why = media.hardware(3, 33, 31)
+    assert (encoder.name, encoder.options["gpu"], why) == ("mpeg4", "3", "")
+    media.write_mp4(tmp_path / "a.mp4", clip(3, 33, 31), 16, encoder)
+    assert codec(tmp_path / "a.mp4") == "mpeg4" and far(decoded(tmp_path / "a.mp4")[:, :33, :31], clip(3, 33, 31)) < 6
+
+
+def test_pyav_may_be_built_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(av, "codecs_available", {"libx264"})
+    assert media.hardware(0, 64, 64) == (media.X264, "PyAV was built without h264_nvenc")
+
+
+def test_where_the_gpu_fails_at_one_video_the_cpu_makes_it(tmp_path: Path) -> None:
+    busy = replace(media.NVENC, options={**media.NVENC.options, "gpu": str(NO_GPU)})
+    media.write_mp4(tmp_path / "a.mp4", clip(3, 64, 64), 16, busy)
+    assert codec(tmp_path / "a.mp4") == "h264" and far(decoded(tmp_path / "a.mp4"), clip(3, 64, 64)) < 6
+
+
 def test_a_video_takes_the_place_of_an_older_one(tmp_path: Path) -> None:
     path = tmp_path / "a.mp4"
     media.write_mp4(path, clip(3, 32, 32), 16)
