@@ -5,11 +5,13 @@ read the same pages. A part that needs another type or a LoRA is written once, b
 that has a name only while that rank holds it open; a folder of links lets the libraries find it like any checkpoint.
 """
 
+import fcntl
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from importlib import import_module
 from math import prod
@@ -24,6 +26,7 @@ from .loading import ModelFolder
 from .lora import Lora
 from .weights import find, read_json
 
+PREFIX = "hpcdit-model-"
 STEMS = {"diffusers": "diffusion_pytorch_model", "transformers": "model"}
 NAMES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
@@ -50,6 +53,7 @@ def staged(folder: ModelFolder, dtype: str, lora: Lora | None, shared: bool) -> 
     dtype: what all parts but the VAE are computed in; shared: whether there are other ranks on this host; where there
     are none, a cast is left to the libraries. Raises InputError where the LoRA does not fit.
     """
+    remove_left()
     dtypes = {name: torch.float32 if name == "vae" else getattr(torch, dtype) for name in folder.weights}
     parts = [_part(folder.path, name, dtypes[name]) for name in folder.weights]
     if lora:
@@ -59,7 +63,7 @@ def staged(folder: ModelFolder, dtype: str, lora: Lora | None, shared: bool) -> 
         yield folder.path
         return
     with ExitStack() as stack:
-        place = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="hpcdit-model-")))
+        place = stack.enter_context(_folder_of_links())
         names = {part.name for part in todo}
         _link(folder.path, place, lambda entry: entry.name not in names)
         for part in todo:
@@ -70,6 +74,38 @@ def staged(folder: ModelFolder, dtype: str, lora: Lora | None, shared: bool) -> 
             target = f"/proc/{os.getpid()}/fd/{memory.fileno()}"
             (place / part.name / f"{part.stem}.safetensors").symlink_to(target)
         yield place
+
+
+def remove_left() -> None:
+    """Removes folders of links whose makers are dead; a killed process leaves its own behind."""
+    for left in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
+        with suppress(OSError), _locked(left):  # another user's, or of a run that is under way
+            shutil.rmtree(left)
+
+
+@contextmanager
+def _folder_of_links() -> Iterator[Path]:
+    """A new one, locked as long as this process lives: by the kernel, which knows also of other containers'."""
+    while True:
+        place = Path(tempfile.mkdtemp(prefix=PREFIX))
+        with ExitStack() as stack:
+            with suppress(FileNotFoundError):  # another run took it for one that was left, before it was locked
+                stack.enter_context(_locked(place, wait=True))
+            if place.exists():
+                stack.callback(shutil.rmtree, place, ignore_errors=True)
+                yield place
+                return
+
+
+@contextmanager
+def _locked(place: Path, wait: bool = False) -> Iterator[None]:
+    """Raises OSError where it cannot be had, at once unless `wait`."""
+    folder = os.open(place, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        yield
+    finally:
+        os.close(folder)
 
 
 def readable(place: Path) -> bool:
