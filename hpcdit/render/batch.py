@@ -77,6 +77,8 @@ def prepare(config: Config, nodes: Sequence[int]) -> Batch:
     defaults, model = resolve_sampling(config, folder.family), shape(folder)
     jobs = read(Path(config.prompts) if config.prompts else demo_prompts(), defaults)
     fits(jobs, defaults, model)
+    if config.parallel.vae == "rows":
+        check_rows(folder)
     work = workload(model, [job.sampling for job in jobs], config.model.dtype, config.parallel.batch)
     legal(work, nodes, fixed(config.parallel))
     check_links(Path(config.output.dir))
@@ -99,6 +101,18 @@ def as_it_is_now(config: Config, world: "Group", nodes: Sequence[int], batch: Ba
     if not world.agree(late, "the output folder"):
         return batch
     return Batch.from_dict(world.agree(lambda: prepare(config, nodes).to_dict(), "the prompts"))
+
+
+def check_rows(folder: ModelFolder) -> None:
+    """Raises InputError where the model's VAE cannot be computed some rows a rank."""
+    from ..models.rows import CLASSES  # imports torch, which what is checked here takes no second for else
+
+    name = folder.index["vae"][1]
+    if name not in CLASSES:
+        raise InputError(
+            f"parallel.vae=rows: {folder.path / 'vae'}: {name} cannot be cut into rows; allowed: auto or whole, or a"
+            f" model with {', '.join(CLASSES)}"
+        )
 
 
 def check_links(folder: Path) -> None:

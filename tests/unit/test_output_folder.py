@@ -11,6 +11,7 @@ import pytest
 
 from hpcdit.config import load
 from hpcdit.errors import InputError
+from hpcdit.models import rows
 from hpcdit.output import catalog, store
 from hpcdit.output.claims import FOLDER as CLAIMS
 from hpcdit.render import batch
@@ -129,3 +130,13 @@ def test_what_another_run_made_before_it_let_go_of_the_folder_is_not_made_again(
         assert batch.as_it_is_now(config, world, [0], found) is found  # type: ignore[arg-type]
         (videos / "x.h5").touch()
         assert batch.as_it_is_now(config, world, [0], found) == later  # type: ignore[arg-type]
+
+
+def test_rows_are_refused_where_the_model_s_vae_cannot_be_cut(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = load([f"prompts={out.parent / 'p.jsonl'}", f"output.dir={out}", "parallel.vae=rows"])
+    assert config is not None and len(prepare(config, [0]).todo) == 1
+    monkeypatch.setattr(rows, "CLASSES", ("AutoencoderKLLTXVideo",))
+    said = refusal(out, "parallel.vae=rows")
+    assert said.startswith("parallel.vae=rows: ") and "AutoencoderKLWan cannot be cut into rows; allowed: auto" in said
+    config = load([f"prompts={out.parent / 'p.jsonl'}", f"output.dir={out}"])
+    assert config is not None and len(prepare(config, [0]).todo) == 1
