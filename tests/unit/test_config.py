@@ -314,6 +314,12 @@ def test_the_comments_of_the_configuration_files_name_every_choice() -> None:
                 assert [word for word in rule.choices if word not in before] == [], f"{file}: {key}"
 
 
+def test_every_file_of_a_model_says_what_each_key_takes() -> None:
+    files = [file for file in (conf_dir() / "model").glob("*.yaml") if "defaults:" not in file.read_text()]
+    keys = {file.stem: sorted(OmegaConf.load(file)) for file in files}
+    assert len(keys) > 5 and all(found == keys["demo"] for found in keys.values()), keys
+
+
 def test_a_configuration_survives_json() -> None:
     config = loaded("mode=plan", "model=wan2.1-14b", "sampling.steps=3")
     assert Config.from_dict(json.loads(json.dumps(config.to_dict()))) == config
