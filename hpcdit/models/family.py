@@ -137,8 +137,10 @@ class Family(ABC):
         """Tells `split` what of the transformer is cut along tokens."""
 
     def compile(self, transformer: Any) -> None:
-        """On a GPU, with model.compile: what torch.compile is to make of it."""
-        transformer.compile_repeated_blocks(dynamic=False)
+        """On a GPU, with model.compile: what torch.compile is to make of it: here, its layers one by one."""
+        for name in self.layers.values():  # diffusers' compile_repeated_blocks knows those of some classes only
+            for block in transformer.get_submodule(name.partition(".{}")[0]):
+                block.compile(dynamic=False)
 
     @abstractmethod
     def encode(self, pipe: Any, text: str, limit: int) -> "tuple[Encoding, int]":

@@ -3,6 +3,7 @@
 import shutil
 from pathlib import Path
 
+import diffusers
 import h5py
 import numpy as np
 import pytest
@@ -79,6 +80,16 @@ def test_a_checkpoint_that_is_not_whole_or_of_another_kind_is_refused(
     edit(folder / "model_index.json", _class_name="SanaVideoPipeline")
     said = refusal(folder)
     assert all(pipeline in said for family in families().values() for pipeline in family.pipelines)
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_all_layers_are_compiled_where_a_gpu_is_to_run_them(checkpoints: Path, name: str) -> None:
+    """What is compiled is told by torch alone; nothing is run."""
+    folder = inspect(checkpoints / name)
+    transformer = getattr(diffusers, folder.transformer["_class_name"]).from_config(folder.transformer)
+    families()[folder.family].compile(transformer)
+    compiled = [module for module in transformer.modules() if module._compiled_call_impl is not None]
+    assert len(compiled) == shape(folder).layers
 
 
 @pytest.mark.parametrize("name", sorted(families()))
