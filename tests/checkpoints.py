@@ -170,7 +170,7 @@ def stretch(vae: Any, latents: Any) -> None:
         if name.endswith("bias"):
             weight.zero_()
     seen: list[torch.Tensor] = []
-    last = vae.decoder.conv_out
+    last = getattr(vae.decoder, "conv_out", None) or vae.decoder.proj_out
     hook = last.register_forward_hook(lambda module, args, out: seen.append(out[0] if isinstance(out, tuple) else out))
     vae.decode(latents)
     hook.remove()

@@ -195,6 +195,29 @@ def hunyuanvideo(tokenizer: Any) -> Any:
     return diffusers.HunyuanVideoPipeline(llama, tokenizer, transformer, vae, scheduler, *second)
 
 
+def mochi(tokenizer: Any) -> Any:
+    import diffusers
+    import torch
+
+    transformer: Any = diffusers.MochiTransformer3DModel(
+        num_attention_heads=5,
+        attention_head_dim=14,
+        num_layers=2,
+        pooled_projection_dim=18,
+        text_embed_dim=16,
+        time_embed_dim=10,
+        max_sequence_length=24,
+    )
+    transformer.pos_frequencies.copy_(torch.randn_like(transformer.pos_frequencies))  # fresh, they turn nothing
+    vae: Any = diffusers.AutoencoderKLMochi(
+        encoder_block_out_channels=(32, 32, 32, 32),  # whose norms are of 32 groups
+        decoder_block_out_channels=(32, 32, 32, 32),
+        layers_per_block=(1, 1, 1, 1, 1),
+    )
+    scheduler: Any = diffusers.FlowMatchEulerDiscreteScheduler(invert_sigmas=True)
+    return diffusers.MochiPipeline(scheduler, vae, t5(16, len(tokenizer)), tokenizer, transformer)
+
+
 def qwenimage(tokenizer: Any) -> Any:
     import diffusers
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
@@ -236,5 +259,6 @@ EXAMPLES = {
     "flux": Example(partial(make, build=flux), (1, 48, 80), guided=False, images=True),
     "ltx": Example(partial(make, build=ltx), (17, 96, 160)),
     "hunyuanvideo": Example(partial(make, build=hunyuanvideo), (5, 48, 80), guided=False),
+    "mochi": Example(partial(make, build=mochi), (7, 32, 48), length=23),
     "qwenimage": Example(partial(make, build=qwenimage), (1, 48, 80), named="true_cfg_scale", images=True),
 }

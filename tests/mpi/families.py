@@ -22,7 +22,7 @@ from tests.families import EXAMPLES, PROMPTS, STEPS, picture
 from tests.mpi.groups import each_size, side_by_side
 
 # Examples that the whole program renders, too: one of each way in which families differ.
-PROGRAM = "wan-experts", "wan-image", "cogvideox-5b", "flux", "ltx", "hunyuanvideo", "qwenimage"
+PROGRAM = "wan-experts", "wan-image", "cogvideox-5b", "flux", "ltx", "hunyuanvideo", "mochi", "qwenimage"
 # Ranks: of one node, or of nodes of one rank each; methods with their degrees.
 LAYOUTS = {
     1: [(1, "ulysses", 1, 1)],
