@@ -192,7 +192,7 @@ RULES: Mapping[str, Rule] = {
     "queue.share": _share(),
     "queue.stale_s": _number(above=0),
     "output.dir": _path("a folder"),
-    "output.compression": _choice("gzip", "lzf", "none"),
+    "output.compression": _choice("gzip", "lzf", "zstd", "blosc2-zstd", "none"),
     "output.video": _choice("none", "mp4"),
     "checkpoint.seconds": _number(null="none are written"),
     "failures.max": _integer(1, null="the others go on, however many fail"),

@@ -12,6 +12,7 @@ import h5py
 import numpy as np
 
 from hpcdit.output import media
+from hpcdit.output.packing import NoPlugin, load_plugin
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -46,9 +47,12 @@ def read(path: Path, columns: int) -> tuple[str, np.ndarray]:
     try:
         with h5py.File(path, "r", locking=False) as file:
             frames = file["frames"]
+            load_plugin(frames)
             return file.attrs["prompt"], frames[media.spaced(len(frames), columns)]
     except FileNotFoundError:
         raise
+    except NoPlugin as error:
+        raise ValueError(f"{path}: {error}") from None
     except (OSError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: not a video of hpcdit ({error})") from error
 

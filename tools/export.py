@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image
 
 from hpcdit.output import atomic, media
+from hpcdit.output.packing import NoPlugin, load_plugin
 
 KINDS = (".gif", ".mp4")
 
@@ -56,6 +57,10 @@ def read(path: Path, words: str) -> tuple[range, np.ndarray, float]:
     with file:
         if "frames" not in file or "fps" not in file["frames"].attrs:
             raise ValueError(f"{path}: not a video of hpcdit, it has no /frames")
+        try:
+            load_plugin(file["frames"])
+        except NoPlugin as error:
+            raise ValueError(f"{path}: {error}") from None
         numbers = chosen(words, len(file["frames"]))
         step = abs(numbers.step)
         low, high = min(numbers), max(numbers)

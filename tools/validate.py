@@ -16,6 +16,7 @@ from typing import Any
 import h5py
 import numpy as np
 
+from hpcdit.output.packing import load_plugin
 from hpcdit.output.trace import EVENT
 
 JSON = ("sampling", "model", "plan", "config", "software", "cluster", "exact")
@@ -76,6 +77,7 @@ def of_frames(frames: h5py.Dataset, sampling: dict[str, Any]) -> Iterator[str]:
     if [axis.label for axis in frames.dims] != ["frame", "height", "width", "channel"] or "time" not in frames.dims[0]:
         yield "/frames: its axes are not labelled, or have no scale"
     yield from (f"/frames: {key} is not {value!r}" for key, value in IMAGE.items() if frames.attrs.get(key) != value)
+    load_plugin(frames)
     for i in range(len(frames)):
         frames[i]  # raises where it is damaged
 

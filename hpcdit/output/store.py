@@ -20,19 +20,11 @@ import h5py
 import numpy as np
 
 from . import atomic
+from .packing import INSTALL, WAYS, NoPlugin, lacks_plugin, load_plugin
 from .record import Row, VideoRecord, storable, to_json
 from .trace import EVENT
 
 SCHEMA = "hpcdit/1"
-# Measured by tools/bench/compression.py on the four videos of the demo, size and MB/s of CPU time to write and to read:
-# gzip 1 .22, 84, 175; gzip 4 .20, 69, 176; lzf .28, 104, 220; none 1, 190, 443; blosc2-zstd 3 .20, 62, 237; zstd 3 .20,
-# 134, 259. At 416x416 the same order. zstd is quicker than gzip but no smaller, and readers need a plugin: gzip it is.
-# Shuffle sorts the bytes of wide numbers: it did nothing for uint8, and serves the events.
-_COMPRESSION: dict[str, dict[str, Any]] = {
-    "gzip": {"compression": "gzip", "compression_opts": 4},
-    "lzf": {"compression": "lzf"},
-    "none": {},
-}
 # Of a picture, as the HDF5 Image specification 1.2 has it; of a stack of them viewers show one at a time.
 _IMAGE = {
     "CLASS": "IMAGE",
@@ -57,13 +49,15 @@ def write_video(
     """Writes frames (uint8 [F, H, W, 3]), record and events (EVENT [n]) to `path`: whole, or not at all.
 
     events may be a function, called once the frames are packed, so that the span of that can be among them.
-    compression: gzip, lzf (twice as fast, larger, read by h5py only) or none. Raises FileExistsError where
-    `path` is taken, ValueError for what cannot be stored, OSError for what the disk refuses.
+    compression: of `packing.WAYS`. Raises FileExistsError where `path` is taken, ValueError for what cannot be stored,
+    OSError for what the disk refuses.
     """
     if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[3] != 3 or not frames.size:
         raise ValueError(f"frames must be uint8 [F, H, W, 3], not {frames.dtype} {frames.shape}")
-    if compression not in _COMPRESSION:
-        raise ValueError(f"compression must be one of {', '.join(_COMPRESSION)}, not {compression!r}")
+    if compression not in WAYS:
+        raise ValueError(f"compression must be one of {', '.join(WAYS)}, not {compression!r}")
+    if lacks_plugin(compression):
+        raise NoPlugin(f"compression {compression}: {INSTALL}")
     if record.seed not in _SEEDS:
         raise ValueError(f"seed must be at least 0 and below 2**64, not {record.seed}")
     if os.path.lexists(path):
@@ -101,12 +95,14 @@ def read_parts(path: Path) -> Parts:
     """Record, one frame and the trace of a video. Raises as read_record does."""
     with _opened(path) as file:
         record, count = _read_record(file), len(file["frames"])
+        load_plugin(file["frames"])
         return Parts(record, count, file["frames"][count // 2], file["trace/events"][:])
 
 
 def read_frames(path: Path) -> tuple[np.ndarray, float]:
     """The frames of a video, uint8 [F, H, W, 3], and how many a second. Raises as read_record does."""
     with _opened(path) as file:
+        load_plugin(file["frames"])
         return file["frames"][:], float(file["frames"].attrs["fps"])
 
 
@@ -126,6 +122,8 @@ def _opened(path: Path) -> Iterator[h5py.File]:
                 if (schema := _attribute(file, "schema", str)) != SCHEMA:
                     raise ValueError(f"its schema is {schema!r}, not {SCHEMA!r}")
                 yield file
+        except NoPlugin as error:
+            raise NoPlugin(f"{path}: {error}") from None
         except _DAMAGE as error:
             raise ValueError(f"{path}: not a whole hpcdit video: {error}") from error
 
@@ -225,7 +223,7 @@ def _create(image: io.BytesIO) -> h5py.File:
 def _write_frames(file: h5py.File, frames: np.ndarray, fps: float, compression: str) -> None:
     """One chunk a frame, so that one can be read alone; axes labelled, the time of each frame as a scale."""
     chunk = (1, *frames.shape[1:])
-    stack = file.create_dataset("frames", frames.shape, np.uint8, chunks=chunk, **_COMPRESSION[compression])
+    stack = file.create_dataset("frames", frames.shape, np.uint8, chunks=chunk, **WAYS[compression])
     for i, frame in enumerate(frames):
         stack[i] = frame
     stack.attrs["fps"] = fps

@@ -18,6 +18,7 @@ from ..models.lora import with_lora
 from ..output import atomic
 from ..output.catalog import NAME as CATALOG
 from ..output.claims import FOLDER as CLAIMS
+from ..output.packing import INSTALL, lacks_plugin
 from ..planner.search import legal
 from .checkpoints import FOLDER as CHECKPOINTS
 from .manifest import Job, estimate_bytes, fits, read
@@ -81,6 +82,7 @@ def prepare(config: Config, nodes: Sequence[int]) -> Batch:
         check_rows(folder)
     work = workload(model, [job.sampling for job in jobs], config.model.dtype, config.parallel.batch)
     legal(work, nodes, fixed(config.parallel))
+    check_compression(config.output.compression)
     check_links(Path(config.output.dir))
     left, done = resume(config, folder, jobs)
     todo = tuple(job for job in left if config.queue.mine(job.index))
@@ -113,6 +115,12 @@ def check_rows(folder: ModelFolder) -> None:
             f"parallel.vae=rows: {folder.path / 'vae'}: {name} cannot be cut into rows; allowed: auto or whole, or a"
             f" model with {', '.join(CLASSES)}"
         )
+
+
+def check_compression(way: str) -> None:
+    """Raises InputError where the plugin that it needs is not installed."""
+    if lacks_plugin(way):
+        raise InputError(f"output.compression={way}: needs a plugin of HDF5; allowed: {INSTALL}, or gzip, lzf or none")
 
 
 def check_links(folder: Path) -> None:

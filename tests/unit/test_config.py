@@ -210,7 +210,7 @@ REFUSED: dict[str, tuple[Any, ...]] = {  # arguments, and what the line must hol
         ["cluster.ranks_per_node=0"],
         "cluster.ranks_per_node=0: must be an integer, 1 or more",
     ),
-    "unknown compression": (["output.compression=zip"], "gzip, lzf or none"),
+    "unknown compression": (["output.compression=zip"], "gzip, lzf, zstd, blosc2-zstd or none"),
     "unknown video": (["output.video=gif"], "none or mp4"),
     "trace too deep": (["trace.level=3"], "trace.level=3: must be an integer, 0 to 2"),
     "maybe": (["resume=maybe"], "resume='maybe': must be true or false"),

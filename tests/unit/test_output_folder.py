@@ -12,7 +12,7 @@ import pytest
 from hpcdit.config import load
 from hpcdit.errors import InputError
 from hpcdit.models import rows
-from hpcdit.output import catalog, store
+from hpcdit.output import catalog, packing, store
 from hpcdit.output.claims import FOLDER as CLAIMS
 from hpcdit.render import batch
 from hpcdit.render.batch import output_folder, prepare
@@ -46,6 +46,13 @@ def test_a_link_in_the_output_folder_is_refused_wherever_it_leads(name: str, tar
     (out / name).symlink_to(out.parent / "outside" / target)
     message = refusal(out)
     assert message.endswith(f"{out / name} is a symbolic link; allowed: one for the output folder itself")
+
+
+@pytest.mark.parametrize("way", ["zstd", "blosc2-zstd"])
+def test_a_compression_whose_plugin_is_missing_is_refused(way: str, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packing, "_available", lambda number: False)
+    wanted = "needs a plugin of HDF5; allowed: `pip install 'hpcdit[zstd]'`, or gzip, lzf or none"
+    assert refusal(out, f"output.compression={way}") == f"output.compression={way}: {wanted}"
 
 
 def test_the_output_folder_itself_may_be_a_link(out: Path) -> None:

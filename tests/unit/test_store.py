@@ -18,7 +18,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hpcdit.output import catalog, store
+from hpcdit.output import catalog, packing, store
 from hpcdit.output.record import Row, VideoRecord
 from hpcdit.output.trace import EVENT
 from tests.require import needs
@@ -87,11 +87,48 @@ def test_viewers_find_pictures_and_a_table(video: Path) -> None:
     )
 
 
-@pytest.mark.parametrize(("compression", "name"), [("gzip", "gzip"), ("lzf", "lzf"), ("none", None)])
-def test_each_compression_keeps_the_frames(compression: str, name: str | None, path: Path) -> None:
-    store.write_video(path, FRAMES, RECORD, EVENTS, compression)
+@pytest.mark.parametrize("compression", packing.WAYS)
+def test_each_compression_packs_and_keeps_the_frames(compression: str, path: Path) -> None:
+    flat = np.tile(FRAMES[:, :1, :1], (1, 48, 64, 1))  # noise does not get smaller
+    store.write_video(path, flat, RECORD, EVENTS, compression)
+    assert np.array_equal(store.read_frames(path)[0], flat)
     with h5py.File(path) as file:
-        assert file["frames"].compression == name and np.array_equal(file["frames"], FRAMES)
+        stored, filters = file["frames"].id.get_storage_size(), file["frames"].id.get_create_plist()
+        assert stored == flat.nbytes if compression == "none" else stored < flat.nbytes / 2
+        numbers = [filters.get_filter(i)[0] for i in range(filters.get_nfilters())]
+    registered = {"none": [], "gzip": [1], "lzf": [32000], "zstd": [32015], "blosc2-zstd": [32026]}
+    assert numbers == registered[compression]
+
+
+WITHOUT_PLUGIN = """
+import sys
+sys.modules["hdf5plugin"] = None
+from pathlib import Path
+from hpcdit.output import packing, store
+from tools import contact_sheet, export, validate
+path = Path(sys.argv[1])
+print(*[way for way in packing.WAYS if packing.lacks_plugin(way)])
+print(store.read_record(path).id)
+for read in (store.read_parts, store.read_frames):
+    try:
+        read(path)
+    except packing.NoPlugin as error:
+        print(error)
+for tool in (contact_sheet, export, validate):
+    print(tool.main([str(path), *(["-o", "never"] if tool is export else [])]))
+"""
+
+
+def test_without_the_plugin_what_needs_it_is_one_line_that_says_so(path: Path) -> None:
+    store.write_video(path, FRAMES, RECORD, EVENTS, "zstd")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", WITHOUT_PLUGIN, str(path)]
+    ran = subprocess.run(command, env=environment, cwd=path.parent, capture_output=True, text=True, timeout=60)
+    said, *other = ran.stdout.splitlines()
+    assert said == "zstd blosc2-zstd" and other[0] == RECORD.id, "a run still knows what is done"
+    line = f"{path}: its frames are packed by zstd, of a plugin"
+    assert [each.startswith(line) and "pip install 'hpcdit[zstd]'" in each for each in other[1:3]] == [True, True]
+    assert ran.stderr.count(f"{line}") == 2 and [each for each in other if each in "012"] == ["2", "2", "1"], ran
 
 
 def test_frames_that_lie_apart_in_memory_are_stored_as_they_are_seen(path: Path) -> None:
@@ -186,7 +223,7 @@ def test_what_json_does_not_know_becomes_its_nearest(path: Path) -> None:
         (FRAMES[:0], RECORD, "gzip", "uint8"),
         (FRAMES, replace(RECORD, seed=-1), "gzip", "seed"),
         (FRAMES, replace(RECORD, seed=2**64), "gzip", "seed"),
-        (FRAMES, RECORD, "zip", "gzip, lzf, none"),
+        (FRAMES, RECORD, "zip", "gzip, lzf, zstd, blosc2-zstd, none"),
     ],
 )
 def test_what_cannot_be_stored_is_refused(
@@ -313,7 +350,7 @@ LIMITED = """
 import os, resource, sys
 from pathlib import Path
 import numpy as np
-from hpcdit.output import catalog, store
+from hpcdit.output import catalog, packing, store
 from tests.unit.test_store import EVENTS, RECORD
 
 folder, frames = Path(sys.argv[1]), np.random.default_rng(0).integers(0, 256, (9, 32, 32, 3), dtype=np.uint8)

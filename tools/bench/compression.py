@@ -1,17 +1,18 @@
-"""Size, and CPU time to write and to read, of real frames by each compression that HDF5 has.
+"""Size, and CPU time to write and to read, of real frames by each way to pack them.
 
-usage: python tools/bench/compression.py outputs/demo     with hdf5plugin (pip) blosc2 and zstd, too
+usage: python tools/bench/compression.py outputs/demo
 """
 
 import io
 import sys
 import time
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import h5py
 import numpy as np
+
+from hpcdit.output.packing import WAYS, lacks_plugin, load_plugin
 
 TRIES = 3
 
@@ -24,6 +25,7 @@ def main() -> int:
     clips = []
     for path in paths:
         with h5py.File(path, "r", locking=False) as file:
+            load_plugin(file["frames"])
             clips.append(file["frames"][:])
     megabytes = sum(clip.nbytes for clip in clips) / 1e6
     print(f"{len(clips)} videos, {megabytes:.1f} MB of frames")
@@ -36,15 +38,9 @@ def main() -> int:
 
 
 def ways() -> dict[str, dict[str, Any]]:
-    found: dict[str, dict[str, Any]] = {"none": {}, "lzf": {"compression": "lzf"}}
-    found |= {f"gzip {level}": {"compression": "gzip", "compression_opts": level} for level in (1, 4, 6)}
-    if find_spec("hdf5plugin"):
-        import hdf5plugin
-
-        plain = hdf5plugin.Blosc2.NOFILTER
-        found |= {f"blosc2-zstd {n}": {**hdf5plugin.Blosc2(cname="zstd", clevel=n, filters=plain)} for n in (3, 5)}
-        found["zstd 3"] = {**hdf5plugin.Zstd(clevel=3)}
-    return found
+    """Those that output.compression has, and gzip's other levels."""
+    found = {name: how for name, how in WAYS.items() if not lacks_plugin(name)}
+    return found | {f"gzip {level}": {"compression": "gzip", "compression_opts": level} for level in (1, 6)}
 
 
 def measure(clips: list[np.ndarray], how: dict[str, Any]) -> tuple[float, float, float]:
