@@ -56,6 +56,7 @@ def faults(path: Path, schema: Any) -> Iterator[str]:
         with path.open("rb") as plain, h5py.File(plain, "r") as file:  # so HDF5 takes no lock
             yield from (f"{error.json_path}: {error.message:.200}" for error in schema.iter_errors(attributes(file)))
             yield from of_frames(file["frames"], json.loads(file.attrs["sampling"]))
+            yield from of_images(file["images"], file["frames"])
             if file["trace/events"].dtype != EVENT:
                 yield "/trace/events: not a table of events"
     except (OSError, LookupError, ValueError, TypeError, RuntimeError) as error:
@@ -80,6 +81,23 @@ def of_frames(frames: h5py.Dataset, sampling: dict[str, Any]) -> Iterator[str]:
     load_plugin(frames)
     for i in range(len(frames)):
         frames[i]  # raises where it is damaged
+
+
+def of_images(images: h5py.Group, frames: h5py.Dataset) -> Iterator[str]:
+    if sorted(images) != [f"{i:05}" for i in range(len(frames))]:
+        yield f"/images: {len(images)} pictures, not one a frame, 00000 to {len(frames) - 1:05}"
+    for i, (name, image) in enumerate(sorted(images.items())):
+        for key, value in IMAGE.items():
+            if image.attrs.get(key) != value:
+                yield f"/images/{name}: {key} is not {value!r}"
+        if places(image) != [("/frames", (i, 0, 0, 0), (i, *(size - 1 for size in frames.shape[1:])))]:
+            yield f"/images/{name}: not the frame of that number"
+
+
+def places(image: h5py.Dataset) -> list[tuple[str, tuple[int, ...], tuple[int, ...]]]:
+    """What a virtual dataset shows: of which dataset of the same file, from where to where, both ends included."""
+    parts = image.virtual_sources() if image.is_virtual else []
+    return [(part.dset_name, *part.src_space.get_select_bounds()) for part in parts if part.file_name == "."]
 
 
 if __name__ == "__main__":

@@ -20,18 +20,12 @@ import h5py
 import numpy as np
 
 from . import atomic
+from .arrays import write_events, write_frames, write_images
 from .packing import INSTALL, WAYS, NoPlugin, lacks_plugin, load_plugin
 from .record import Row, VideoRecord, storable, to_json
 from .trace import EVENT
 
 SCHEMA = "hpcdit/1"
-# Of a picture, as the HDF5 Image specification 1.2 has it; of a stack of them viewers show one at a time.
-_IMAGE = {
-    "CLASS": "IMAGE",
-    "IMAGE_VERSION": "1.2",
-    "IMAGE_SUBCLASS": "IMAGE_TRUECOLOR",
-    "INTERLACE_MODE": "INTERLACE_PIXEL",
-}
 _TEXTS = ("id", "prompt", "negative_prompt")
 _DICTS = ("sampling", "model", "plan", "config", "software", "cluster")
 _SEEDS = range(2**64)
@@ -65,8 +59,9 @@ def write_video(
     image = io.BytesIO()
     with _create(image) as file:
         _write_record(file, record)  # first: it is then read from the head of the file
-        _write_frames(file, frames, record.fps, compression)
-        _write_events(file, events() if callable(events) else events)
+        write_frames(file, frames, record.fps, WAYS[compression])
+        write_images(file, file["frames"])
+        write_events(file, events() if callable(events) else events)
     atomic.write(path, image.getbuffer())
 
 
@@ -203,7 +198,7 @@ class Index:
                     videos[row.id] = h5py.ExternalLink(f"videos/{row.id}.h5", "/")
             # By its name at once: HDF5 2.0 gives the place of what is named later (`file["jobs"] = table`) away again.
             file.create_dataset("jobs", data=_table(self.rows))
-            _write_events(file, np.empty(0, EVENT) if events is None else events)
+            write_events(file, np.empty(0, EVENT) if events is None else events)
         atomic.write(self.path, image.getbuffer(), replace=True)
 
 
@@ -218,48 +213,6 @@ def _seconds(file: h5py.File) -> float:
 def _create(image: io.BytesIO) -> h5py.File:
     """In the format of HDF5 1.10: read widely, small, and with checksums on what describes the data."""
     return h5py.File(image, "w", libver=("v110", "v110"))
-
-
-def _write_frames(file: h5py.File, frames: np.ndarray, fps: float, compression: str) -> None:
-    """One chunk a frame, so that one can be read alone; axes labelled, the time of each frame as a scale."""
-    chunk = (1, *frames.shape[1:])
-    stack = file.create_dataset("frames", frames.shape, np.uint8, chunks=chunk, **WAYS[compression])
-    for i, frame in enumerate(frames):
-        stack[i] = frame
-    stack.attrs["fps"] = fps
-    seconds = file.create_dataset("time", data=np.arange(len(frames)) / fps)
-    seconds.attrs["unit"] = "s"
-    seconds.make_scale("time")
-    for axis, label in enumerate(("frame", "height", "width", "channel")):
-        stack.dims[axis].label = label
-    stack.dims[0].attach_scale(seconds)
-    _mark(stack, _IMAGE)  # after the scale: HDF5 2.0 refuses one to what has a class already
-
-
-def _write_events(file: h5py.File, events: np.ndarray) -> None:
-    packing = {"compression": "gzip", "compression_opts": 4, "shuffle": True} if len(events) else {}
-    table = file.create_dataset("trace/events", data=events, dtype=h5py.Datatype(_event_type()), **packing)
-    names = {f"FIELD_{i}_NAME": name for i, name in enumerate(EVENT.names or ())}
-    _mark(table, {"CLASS": "TABLE", "VERSION": "3.0", "TITLE": "spans of time", **names})
-
-
-def _mark(data: h5py.Dataset, attributes: dict[str, str]) -> None:
-    """What HDF5's conventions of images and tables have viewers look for: ASCII that ends at a NUL."""
-    for name, value in attributes.items():
-        kind = h5py.h5t.C_S1.copy()
-        kind.set_size(len(value) + 1)
-        data.attrs.create(name, np.bytes_(value), dtype=h5py.Datatype(kind))
-
-
-def _event_type() -> h5py.h5t.TypeID:
-    """EVENT with strings that end at a NUL: h5py pads them with NULs, and h5dump prints each of those."""
-    row = h5py.h5t.create(h5py.h5t.COMPOUND, EVENT.itemsize)
-    for name, (dtype, offset, *_) in (EVENT.fields or {}).items():
-        column = h5py.h5t.py_create(dtype, logical=True).copy()
-        if dtype.kind == "S":
-            column.set_strpad(h5py.h5t.STR_NULLTERM)
-        row.insert(name.encode(), offset, column)
-    return row
 
 
 def _write_record(file: h5py.File, record: VideoRecord) -> None:

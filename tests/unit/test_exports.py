@@ -131,6 +131,9 @@ def test_a_whole_video_is_valid(video: Path) -> None:
     assert validate.main([str(video)]) == 0
 
 
+IMAGES = ("/images: 8 pictures", "/images/00003: not the frame")
+
+
 def spoil(file: h5py.File, how: str) -> None:
     if how == "seed":
         file.attrs["seed"] = "seven"
@@ -142,13 +145,19 @@ def spoil(file: h5py.File, how: str) -> None:
         file.attrs["stranger"] = 1
     elif how == "image":
         del file["frames"].attrs["CLASS"]
+    elif how == "/images: 8 pictures":
+        del file["images/00003"]
+    elif how == "/images/00003: not the frame":
+        file.move("images/00003", "images/4")
+        file.move("images/00004", "images/00003")
+        file.move("images/4", "images/00004")
     elif how == "frames":
         file.attrs["sampling"] = json.dumps({**SAMPLING, "num_frames": 8})
     else:
         file.attrs["config"] = "{"
 
 
-@pytest.mark.parametrize("how", ["seed", "sampling", "plan", "stranger", "image", "frames", "json"])
+@pytest.mark.parametrize("how", ["seed", "sampling", "plan", "stranger", "image", "frames", "json", *IMAGES])
 def test_whatever_is_wrong_is_said(how: str, video: Path, capsys: pytest.CaptureFixture[Any]) -> None:
     with h5py.File(video, "r+") as file:
         spoil(file, how)

@@ -82,6 +82,12 @@ def test_viewers_find_pictures_and_a_table(video: Path) -> None:
         assert "time" in file["frames"].dims[0] and file["time"].attrs["CLASS"] == b"DIMENSION_SCALE"
     assert (picture["CLASS"], picture["IMAGE_SUBCLASS"]) == (b"IMAGE", b"IMAGE_TRUECOLOR")
     assert picture["INTERLACE_MODE"] == b"INTERLACE_PIXEL"
+    with h5py.File(video) as file:  # HDFView takes /frames for one picture, as its source has it, and needs each frame
+        assert list(file["images"]) == ["00000", "00001", "00002"]
+        for image, frame in zip(file["images"].values(), FRAMES, strict=True):
+            assert np.array_equal(image, frame) and image.is_virtual, "the same data, not stored again"
+            assert {key: image.attrs[key] for key in image.attrs} == {key: picture[key] for key in image.attrs}
+            assert len(image.attrs) == 4
     assert table["CLASS"] == b"TABLE" and [table[f"FIELD_{i}_NAME"].decode() for i in range(6)] == list(
         EVENT.names or ()
     )
