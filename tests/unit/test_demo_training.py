@@ -2,6 +2,8 @@
 
 import csv
 import json
+import os
+import socket
 import time
 from pathlib import Path
 from typing import Any
@@ -12,10 +14,12 @@ from diffusers import AutoencoderKLWan, WanImageToVideoPipeline
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
+from torch import multiprocessing
 
 from hpcdit.models.loading import inspect, shape
 from tools.demo_model import export, latents, models, stages, train, whole
 from tools.demo_model.captions import held_out, parse
+from tools.demo_model.ranks import Ranks
 from tools.demo_model.settings import Settings, settings
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -58,7 +62,7 @@ def test_whole_clips_give_what_the_vae_gives_chunk_by_chunk(form: dict[str, Any]
 CONF = Path(train.__file__).resolve().parent / "conf"
 TINY = {
     "device": "cpu", "every": 2, "reserve_s": 0,
-    "sizes": {"picture": [1, 32, 32], "usual": [5, 32, 32], "wide": [9, 32, 48]},
+    "sizes": {"picture": [1, 32, 32], "usual": [5, 32, 32], "wide": [5, 32, 48]},
     "vae": {**RESIDUAL, "z_dim": 4, "num_res_blocks": 1, "scale_factor_temporal": 4, "scale_factor_spatial": 8},
     "transformer": {"patch_size": [1, 2, 2], "num_attention_heads": 2, "attention_head_dim": 12, "num_layers": 2,
                     "ffn_dim": 16, "freq_dim": 16, "cross_attn_norm": True, "rope_max_seq_len": 16},
@@ -79,13 +83,13 @@ def tiny(out: Path, steps: int = 6, **changes: Any) -> Settings:
     made: Any = OmegaConf.to_container(config)
     made |= {**TINY, "out": str(out), **changes}
     for name, sizes in SIZES.items():
-        made["stages"][name] |= {"sizes": sizes, "steps": steps, "batch": 2, "warmup": 2, "two": 0.0}
+        made["stages"][name] |= {"sizes": sizes, "steps": steps, "batch": 3, "warmup": 2, "two": 0.0}
     return settings(made)
 
 
 def trained(made: Settings) -> bool:
     made.folder.mkdir(exist_ok=True)
-    return train.train(made, time.monotonic() + 1000)
+    return train.train(made, time.monotonic() + 1000, Ranks())
 
 
 @pytest.fixture(scope="module")
@@ -126,12 +130,39 @@ def test_a_call_that_was_cut_off_goes_on_to_the_same_bits(
             assert key == "seconds" or torch.equal(wanted[key], found[key]), (name, key)
 
 
+def one_of_two(rank: int, made: Settings, port: int) -> None:
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    ranks = Ranks()
+    ranks.join(torch.device("cpu"))
+    assert train.train(made, time.monotonic() + 1000, ranks)
+    ranks.leave()
+
+
+def test_two_ranks_learn_what_one_does(run: Settings, tmp_path: Path) -> None:
+    made = tiny(tmp_path / "two")
+    made.folder.mkdir()
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    multiprocessing.start_processes(one_of_two, (made, port), nprocs=2, start_method="fork")
+
+    alone, both = (list(csv.DictReader((of.folder / "curve.csv").open())) for of in (run, made))
+    losses = [[(row["stage"], row["step"], float(row["value"])) for row in of if row["name"] == "loss"]
+              for of in (alone, both)]  # fmt: skip
+    assert len(losses[0]) == 15 and [row[:2] for row in losses[0]] == [row[:2] for row in losses[1]]
+    assert [row[2] for row in losses[1]] == pytest.approx([row[2] for row in losses[0]], rel=2e-3)
+    for name in made.stages:
+        wanted, found = (load_file(of.folder / f"{name}.safetensors") for of in (run, made))
+        far = [key for key in wanted if key.startswith("average/") and (wanted[key] - found[key]).abs().mean() > 1e-4]
+        assert not far, (name, far)
+
+
 def test_what_is_done_is_not_done_again_and_nothing_starts_without_time(run: Settings, tmp_path: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in run.folder.iterdir()}
-    assert train.train(run, time.monotonic() + 100)
+    assert train.train(run, time.monotonic() + 100, Ranks())
     assert {path: path.stat().st_mtime_ns for path in run.folder.iterdir()} == before
     late = tiny(tmp_path)
-    assert not train.train(late, time.monotonic() - 1)
+    assert not train.train(late, time.monotonic() - 1, Ranks())
     assert list(tmp_path.glob("*.safetensors")) == []
 
 
@@ -161,8 +192,8 @@ def test_the_curve_has_losses_rates_and_figures(run: Settings) -> None:
 def test_the_vae_learns(tmp_path: Path) -> None:
     made = tiny(tmp_path, steps=60)
     made.stages["vae_pictures"].lr = made.stages["vae_pictures"].lr_end = 1e-2
-    job = stages.work(made, "vae_pictures")
-    training = train.Training(job.modules, job.stage, job.device)
+    job = stages.work(made, "vae_pictures", Ranks())
+    training = train.Training(job.modules, job.stage, job.device, Ranks())
     first = job.loss(0).item()  # the same clips each time
     for step in range(40):
         training.step(job.loss(step))
@@ -178,7 +209,7 @@ def test_the_exported_folders_are_what_hpcdit_and_diffusers_load(run: Settings, 
         for value in load_file(tmp_path / "text" / "transformer" / "diffusion_pytorch_model.safetensors").values()
     } == {torch.float16}
     text = (tmp_path / "text" / "README.md").read_text()
-    assert "| text_long | text | 6 of 6 | 2 | 0.001 to 1e-05 | 5x32x32 |" in text and "Seed 7." in text
+    assert "| text_long | text | 6 of 6 | 3 | 0.001 to 1e-05 | 5x32x32 |" in text and "Seed 7." in text
     assert "- vae_clips: psnr " in text and "image" not in text.split("Figures")[1]
 
     export.export(run, tmp_path / "image", "image")

@@ -91,14 +91,18 @@ def _star(x: Tensor, y: Tensor, size: Tensor) -> Tensor:
 _OUTLINES = {"circle": _circle, "square": _square, "triangle": _triangle, "star": _star}
 
 
-def draw(scenes: Tensor, size: Size, generator: torch.Generator) -> Tensor:
+_ALL = slice(None)
+
+
+def draw(scenes: Tensor, size: Size, generator: torch.Generator, rows: slice = _ALL) -> Tensor:
     """A clip of each scene, float32 [B, 3, frames, height, width] in [-1, 1], channels last in memory.
 
-    scenes: as `encode` makes them. Everything that a caption leaves open comes from the generator, which is on the
-    scenes' device. No thing leaves the frames; where it can be had, neither of two hides the other.
+    scenes: as `encode` makes them; rows: those of them that are wanted, which are what they would be among all.
+    Everything that a caption leaves open comes from the generator, which is on the scenes' device. No thing leaves the
+    frames; where it can be had, neither of two hides the other.
     """
-    x, y, reach = layout(scenes, size, generator)
-    return paint(scenes, size, x, y, reach / REACH)
+    x, y, reach = (places[rows] for places in layout(scenes, size, generator))
+    return paint(scenes[rows], size, x, y, reach / REACH)
 
 
 def layout(scenes: Tensor, size: Size, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:

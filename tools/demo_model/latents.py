@@ -11,6 +11,9 @@ from torch import Tensor
 from . import whole
 from .captions import Scene, held_out, scenes
 from .data import Size, draw, encode
+from .ranks import Ranks
+
+_PIXELS = 96 * 33 * 96 * 96  # of clips that the VAE encodes at a time
 
 
 def drawn_from(*what: object) -> int:
@@ -64,10 +67,10 @@ class Bank:
     """
 
     def __init__(self, vae: Any, mean: Tensor, std: Tensor, scenes: Scenes, sizes: dict[Size, float], clips: int,
-                 steps: int, seed: int, images: bool, autocast: bool) -> None:  # fmt: skip
+                 steps: int, seed: int, images: bool, autocast: bool, ranks: Ranks) -> None:  # fmt: skip
         self._vae, self._scenes, self._sizes, self._clips = vae, scenes, sizes, clips
         self._mean, self._std = (values.view(1, -1, 1, 1, 1) for values in (mean, std))
-        self._steps, self._seed, self._images, self._autocast = steps, seed, images, autocast
+        self._steps, self._seed, self._images, self._autocast, self._ranks = steps, seed, images, autocast, ranks
         self._made = -1
         self._latents: dict[Size, tuple[Tensor, Tensor | None, Tensor]] = {}
 
@@ -88,14 +91,22 @@ class Bank:
         device = self._mean.device
         source = generator(device, self._seed, "bank", self._made, size)
         share = self._sizes[size] / sum(self._sizes.values())
-        which = self._scenes.draw(max(round(self._clips * share), 1), source)
-        latents, images = [], []
-        for rows in which.split(max(1, 96 * 33 * 96 * 96 // size.pixels)):
-            clips = draw(self._scenes.rows[rows], size, source)
+        count = max(round(self._clips * share), 1)
+        batch = min(max(1, _PIXELS // size.pixels), count)
+        which = self._scenes.draw(-(-count // batch) * batch, source)  # batches of one size: kernels are chosen once
+        mine, latents, images = self._ranks.rows(batch), [], []
+        for rows in which.split(batch):
+            clips = draw(self._scenes.rows[rows], size, source, mine)
             latents.append(self._encode(clips))
             if self._images:
                 images.append(self._encode(first_only(clips)))
-        return torch.cat(latents), torch.cat(images) if images else None, which
+        return self._all(latents, batch), self._all(images, batch) if images else None, which
+
+    def _all(self, parts: list[Tensor], batch: int) -> Tensor:
+        """All ranks' rows of all batches, of which this rank has `parts`."""
+        made = parts[0].new_zeros(len(parts), batch, *parts[0].shape[1:])
+        made[:, self._ranks.rows(batch)] = torch.stack(parts)
+        return self._ranks.sum(made).flatten(0, 1)
 
     def _encode(self, clips: Tensor) -> Tensor:
         with torch.autocast(clips.device.type, torch.bfloat16, enabled=self._autocast):

@@ -84,7 +84,7 @@ class Settings:
 
     def on(self) -> torch.device:
         cuda = torch.cuda.is_available() if self.device == "auto" else self.device == "cuda"
-        return torch.device("cuda" if cuda else "cpu")
+        return torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
 
 
 def settings(config: DictConfig | dict[str, Any]) -> Settings:

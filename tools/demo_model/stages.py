@@ -14,6 +14,7 @@ from torch.nn import functional
 from . import models, whole
 from .data import Size, draw
 from .latents import Bank, Scenes, choice, generator, statistics
+from .ranks import Ranks
 from .settings import Settings
 from .training import averaged
 
@@ -28,8 +29,8 @@ class Work(ABC):
 
     modules: dict[str, Any]
 
-    def __init__(self, settings: Settings, name: str) -> None:
-        self.settings, self.name, self.stage = settings, name, settings.stages[name]
+    def __init__(self, settings: Settings, name: str, ranks: Ranks) -> None:
+        self.settings, self.name, self.stage, self.ranks = settings, name, settings.stages[name], ranks
         self.device = settings.on()
         cuda = self.device.type == "cuda"
         self.autocast = cuda if settings.autocast is None else settings.autocast
@@ -42,14 +43,20 @@ class Work(ABC):
 
     @abstractmethod
     def loss(self, step: int) -> Tensor:
-        """The loss of a step, whose every draw comes from the seed, the stage and the step."""
+        """This rank's part of a step's loss: their mean is the loss. All draws come from seed, stage and step."""
 
     def begin(self, step: int) -> tuple[Size, int, torch.Generator]:
         """A step's size, how many clips of it, and where its draws come from."""
         what = self.settings.seed, self.name, step
         size = choice(self.sizes, *what)
         count = max(round(self.stage.batch * self.settings.usual.pixels / size.pixels), 1)
+        if count < self.ranks.size:
+            raise ValueError(f"stages.{self.name}.batch: {count} clips of {size}; allowed: one or more for every rank")
         return size, count, generator(self.device, *what)
+
+    def part(self, mean: Tensor, rows: int, count: int) -> Tensor:
+        """A mean over this rank's rows as its part of the mean over all."""
+        return mean * (rows * self.ranks.size / count)
 
     def checkpoint(self, stage: str) -> Path:
         return self.settings.folder / f"{stage}.safetensors"
@@ -61,8 +68,8 @@ class Work(ABC):
 class VaeWork(Work):
     """Reconstruction: squared error, a little absolute error for the edges, and a little KL."""
 
-    def __init__(self, settings: Settings, name: str) -> None:
-        super().__init__(settings, name)
+    def __init__(self, settings: Settings, name: str, ranks: Ranks) -> None:
+        super().__init__(settings, name, ranks)
         torch.manual_seed(settings.seed)
         self._vae = models.vae(settings)
         if self.stage.start:
@@ -73,26 +80,30 @@ class VaeWork(Work):
                 last = torch.channels_last_3d if isinstance(module, nn.Conv3d) else torch.channels_last
                 module.weight.data = module.weight.data.to(memory_format=last)
             if self.compile and isinstance(module, WanResidualBlock):
-                module.compile()
+                module.compile(dynamic=False)  # else later levels share slow kernels for any size
         self.modules = {"vae": self._vae}
 
     def loss(self, step: int) -> Tensor:
         size, count, source = self.begin(step)
-        clips = draw(self.scenes.rows[self.scenes.draw(count, source)], size, source)
-        with self.half():
+        mine = self.ranks.rows(count)
+        clips = draw(self.scenes.rows[self.scenes.draw(count, source)], size, source, mine)
+        # Compiling takes half a minute for a size: only the usual one is worth it.
+        stance = "default" if size == self.settings.usual else "force_eager"
+        with self.half(), torch.compiler.set_stance(stance):
             mean, log_variance = whole.encode(self._vae, clips)
             mean, log_variance = mean.float(), log_variance.float()
-            noise = torch.randn(mean.shape, device=self.device, generator=source)
+            noise = torch.randn((count, *mean.shape[1:]), device=self.device, generator=source)[mine]
             made = whole.decode(self._vae, mean + torch.exp(0.5 * log_variance) * noise).float()
         kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
-        return functional.mse_loss(made, clips) + _L1 * functional.l1_loss(made, clips) + _KL * kl
+        loss = functional.mse_loss(made, clips) + _L1 * functional.l1_loss(made, clips) + _KL * kl
+        return self.part(loss, len(clips), count)
 
 
 class DenoiseWork(Work):
     """Flow matching on normalised latents, text to video or image to video."""
 
-    def __init__(self, settings: Settings, name: str) -> None:
-        super().__init__(settings, name)
+    def __init__(self, settings: Settings, name: str, ranks: Ranks) -> None:
+        super().__init__(settings, name, ranks)
         torch.manual_seed(settings.seed)
         self._image = self.stage.trains == "image"
         self._model, self._text = models.transformer(settings, self._image), models.text_encoder(settings)
@@ -125,10 +136,13 @@ class DenoiseWork(Work):
         settings = self.settings
         vae = models.vae(settings)
         vae.load_state_dict(averaged(self.checkpoint(settings.last("vae")), "vae"))
+        if self.ranks.rank == 0:
+            latent_statistics(settings)
+        self.ranks.first(0, self.device)  # the others read the file when it is there
         mean, std = latent_statistics(settings)
         return Bank(
             whole.whole(vae).to(self.device), mean.to(self.device), std.to(self.device), self.scenes, self.sizes,
-            settings.bank.clips, settings.bank.steps, settings.seed, self._image, self.autocast,
+            settings.bank.clips, settings.bank.steps, settings.seed, self._image, self.autocast, self.ranks,
         )  # fmt: skip
 
     def loss(self, step: int) -> Tensor:
@@ -143,7 +157,10 @@ class DenoiseWork(Work):
         middle = models.SHIFT * middle / (1 + (models.SHIFT - 1) * middle)
         time = torch.where(uniform() < _UNIFORM, uniform(), middle)
         noise = torch.randn(x.shape, device=self.device, generator=source)
-        self._padded.pad(self._lengths[torch.randint(len(_LENGTHS), (count,), device=self.device, generator=source)])
+        lengths = self._lengths[torch.randint(len(_LENGTHS), (count,), device=self.device, generator=source)]
+        mine = self.ranks.rows(count)
+        x, beside, noise, time, which = (values[mine] for values in (x, beside, noise, time, which))
+        self._padded.pad(lengths[mine])
         weight = time.view(-1, 1, 1, 1, 1)
         tokens = self._tokens[which]
         mask = tokens != 0
@@ -151,12 +168,12 @@ class DenoiseWork(Work):
             text = self._text(tokens, mask).last_hidden_state * mask[..., None]
             mixed = torch.cat([(1 - weight) * x + weight * noise, beside], 1)
             flow = self._model(mixed, 1000 * time, text, return_dict=False)[0]
-        return functional.mse_loss(flow.float(), noise - x)
+        return self.part(functional.mse_loss(flow.float(), noise - x), len(x), count)
 
 
-def work(settings: Settings, name: str) -> Work:
+def work(settings: Settings, name: str, ranks: Ranks) -> Work:
     """The work of a stage. Raises OSError where the checkpoint that it starts from is missing."""
-    return (VaeWork if settings.stages[name].trains == "vae" else DenoiseWork)(settings, name)
+    return (VaeWork if settings.stages[name].trains == "vae" else DenoiseWork)(settings, name, ranks)
 
 
 def latent_statistics(settings: Settings) -> tuple[Tensor, Tensor]:

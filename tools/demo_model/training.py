@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from hpcdit.output import atomic
 
+from .ranks import Ranks
 from .settings import Stage
 
 
@@ -20,8 +21,8 @@ class Training:
     modules: by the name that they have in the checkpoint. What `load` brings back is all that the next step needs.
     """
 
-    def __init__(self, modules: dict[str, Any], stage: Stage, device: torch.device) -> None:
-        self.modules, self.stage, self.device = modules, stage, device
+    def __init__(self, modules: dict[str, Any], stage: Stage, device: torch.device, ranks: Ranks) -> None:
+        self.modules, self.stage, self.device, self._ranks = modules, stage, device, ranks
         self.steps, self.seconds = 0, 0.0
         self._weights = {
             f"{part}.{name}": weight for part, module in modules.items() for name, weight in module.named_parameters()
@@ -37,6 +38,7 @@ class Training:
             group["lr"] = self.rate()
         loss.backward()
         weights = list(self._weights.values())
+        self._ranks.average(weights)
         nn.utils.clip_grad_norm_(weights, 1.0)
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
