@@ -14,7 +14,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from hpcdit.output import store
+from hpcdit.output.report.pricing import Priced
 from hpcdit.output.trace import EVENT
+from tests.unit.test_report import PLAN as PRICED
+from tests.unit.test_report import STEPS
 from tests.unit.test_store import EVENTS, RECORD
 from tools import export, export_trace, validate
 
@@ -94,32 +97,72 @@ def test_what_cannot_be_exported_is_one_line(
     assert what in line and line.count("\n") == 1
 
 
+def kept_by_perfetto(rows: list[dict[str, Any]]) -> list[tuple[str, int, int]]:
+    """Name, start and end (ns) of what its trace processor keeps, by the rules of its source: times are multiplied by
+    1000 and cut; of a track, what begins inside a span and ends after it is dropped."""
+    kept, tracks = [], dict[tuple[int, int], list[int]]()
+    spans = [(int(row["ts"] * 1000), int(row["dur"] * 1000), row) for row in rows if row["ph"] == "X"]
+    for start, length, row in sorted(spans, key=lambda each: each[0]):
+        ends = tracks.setdefault((row["pid"], row["tid"]), [])
+        while ends and ends[-1] <= start:
+            ends.pop()
+        if not ends or start + length <= ends[-1]:
+            ends.append(start + length)
+            kept.append((row["name"], start, start + length))
+    return kept
+
+
 def test_a_trace_is_what_perfetto_reads(video: Path, tmp_path: Path) -> None:
     assert export_trace.main([str(video), "-o", str(tmp_path / "t.json")]) == 0
     rows = json.loads((tmp_path / "t.json").read_text())["traceEvents"]
-    spans = [row for row in rows if row["ph"] == "X"]
-    assert [(s["name"], s["pid"], s["cat"], s["ts"], s["dur"]) for s in spans] == [
-        ("encode", 0, "compute", 0.0, 500_000.0),
-        ("write", 2, "io", 2_000_000.0, 1_250_000.0),
-    ]
-    assert spans[1]["args"] == {"bytes": 4096}
-    names = {(row["pid"], row.get("tid")): row["args"]["name"] for row in rows if row["ph"] == "M"}
-    assert names[0, None] == "rank 0" and names[2, spans[1]["tid"]] == "io"
+    assert kept_by_perfetto(rows) == [("encode", 0, 500_000_000), ("write", 2_000_000_000, 3_250_000_000)]
+    spans = {row["name"]: row for row in rows if row["ph"] == "X"}
+    assert spans["write"]["args"] == {"bytes": 4096}
+    names = {(row["pid"], row.get("tid")): row["args"]["name"] for row in rows if row["name"].endswith("_name")}
+    assert [names[spans[name]["pid"], None] for name in spans] == ["rank 0", "rank 2"]
+    assert [names[spans[name]["pid"], spans[name]["tid"]] for name in spans] == ["compute", "io"]
+    assert all(row["pid"] for row in rows), "process 0 is nobody's"
 
 
-@given(st.lists(st.tuples(st.integers(0, 50), st.integers(1, 20)), max_size=30))
+@given(st.lists(st.tuples(st.floats(0, 1e-5), st.floats(0, 1e-5)), max_size=30), st.floats(0, 1e5))
 @settings(deadline=None)
-def test_spans_of_a_track_nest(spans: list[tuple[int, int]]) -> None:
-    events = np.array([(b"x", 0, b"inter", a, a + d, 0) for a, d in spans], EVENT)
-    events = events[np.lexsort((-events["end"], events["start"]))]
-    drawn = [row for row in export_trace.rows(events) if row["ph"] == "X"]
-    assert len(drawn) == len(spans)
-    for i, one in enumerate(drawn):
-        for other in drawn[i + 1 :]:
-            if one["tid"] == other["tid"]:
-                a, b, c, d = one["ts"], one["ts"] + one["dur"], other["ts"], other["ts"] + other["dur"]
-                assert b <= c + 0.1 or d <= b + 0.1, "one after the other, or inside"
-                assert a <= c
+def test_perfetto_drops_nothing(spans: list[tuple[float, float]], zero: float) -> None:
+    events = np.array([(b"x", 0, b"inter", zero + a, zero + a + d, 0) for a, d in spans], EVENT)
+    rows = list(export_trace.rows(events, export_trace.nanoseconds(zero)))
+    wanted = [(round(float(each["start"]) * 1e9), round(float(each["end"]) * 1e9)) for each in events]
+    start = export_trace.nanoseconds(zero)
+    assert sorted((a, b) for _, a, b in kept_by_perfetto(rows)) == sorted((a - start, b - start) for a, b in wanted)
+
+
+def test_what_the_simulator_foretold_stands_beside_each_step(tmp_path: Path) -> None:
+    """Four ranks on two nodes, four layers with two predictions of guidance each; two steps."""
+    later = STEPS.copy()
+    later["start"] += 5
+    later["end"] += 5
+    path = tmp_path / "v.h5"
+    store.write_video(path, FRAMES, replace(WHOLE, plan=PRICED), np.concatenate([STEPS, later]))
+    assert export_trace.main([str(path), "-o", str(tmp_path / "t.json")]) == 0
+    rows = json.loads((tmp_path / "t.json").read_text())["traceEvents"]
+    named = {row["pid"]: row["args"]["name"] for row in rows if row["name"] == "process_name"}
+    ranks = [word for n in range(4) for word in (f"rank {n}", f"rank {n}, predicted")]
+    assert [named[pid] for pid in sorted(named)] == ranks, "next to each other"
+    told = [row for row in rows if row["ph"] == "X" and named[row["pid"]] == "rank 1, predicted"]
+    steps = [row for row in told if row["name"] == "step"]
+    assert [round(step["ts"] / 1e6, 6) for step in steps] == [0, 5], "where the measured ones begin"
+    priced = Priced.of(PRICED, SAMPLING)
+    plan = priced and priced.best(priced.fixed)
+    assert plan and steps[0]["dur"] == pytest.approx(plan.step_s * 1e6)
+    assert len([row for row in told if row["name"] == "other computing"]) == 2 * 4 * 2
+    assert {row["cat"] for row in told} >= {"compute", "inter"}
+    assert len(kept_by_perfetto(rows)) == len([row for row in rows if row["ph"] == "X"])
+
+
+def test_a_long_trace_is_foretold_in_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    priced = Priced.of(PRICED, SAMPLING)
+    whole = export_trace.predicted(STEPS, priced)
+    monkeypatch.setattr(export_trace, "FORETOLD", len(whole) // 2)
+    part = export_trace.predicted(STEPS, priced)
+    assert (part["name"] == b"step").sum() == 4 and len(whole) * 0.4 < len(part) <= len(whole) // 2 + 4
 
 
 def test_a_file_without_a_trace_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -135,7 +135,7 @@ def _open(found: Contents, folder: Path, chosen: Sequence[int], count: int) -> N
             key = repr((priced.layout, priced.work, priced.fixed))
             if key not in predictions:
                 predictions[key] = len(found.predictions)
-                found.predictions.append(_prediction(priced))
+                found.predictions.append(prediction(priced))
             timeline["prediction"] = predictions[key]
         if priced and first:
             first = False
@@ -191,7 +191,7 @@ def thinned(events: np.ndarray, limit: int) -> np.ndarray:
     return events[np.sort(order)]
 
 
-def _prediction(priced: Priced) -> dict[str, Any]:
+def prediction(priced: Priced) -> dict[str, Any]:
     """What the simulator says of a step: an attention layer's spans, and what is between two of them."""
     plan, layer, work = priced.best(priced.fixed), priced.layer(), priced.work
     passes = 2 if work.guided and priced.fixed.cfg == 1 else 1
