@@ -30,9 +30,10 @@ class ModelShape:
     multiple: what the family's pipeline asks of height and width beyond that; ffn_dim: width of the feed-forward
     layers. images: whether it makes images, which are videos of one frame; image: whether it starts from one; joint:
     whether the text's tokens are attended together with the video's, in one sequence; text: the only
-    max_sequence_length that the model takes, 0 where it is free; classifier_free: whether guidance takes two
-    predictions. weights, vae_weights: numbers in all that is loaded but the VAE, and in the VAE, which stays in
-    float32; 0 where there is no checkpoint.
+    max_sequence_length that the model takes, 0 where it is free; only: the only height and width, where they are not
+    free; most: the largest, where each has a table of its own; before: latent frames that are denoised before those of
+    the video, to make whole patches. classifier_free: whether guidance takes two predictions. weights, vae_weights:
+    numbers in all that is loaded but the VAE, and in the VAE, which stays in float32; 0 where there is no checkpoint.
     """
 
     layers: int
@@ -49,14 +50,21 @@ class ModelShape:
     image: bool = False
     joint: bool = False
     text: int = 0
+    only: tuple[int, int] | None = None
+    most: tuple[int, int] | None = None
+    before: int = 0
     classifier_free: bool = True
     weights: int = field(default=0, compare=False)
     vae_weights: int = field(default=0, compare=False)
 
     def latents(self, num_frames: int, height: int, width: int) -> tuple[int, int, int, int]:
         """The latents' shape (channels, frames, rows, columns) for a video of a legal size."""
-        frames = (num_frames - 1) // self.vae_temporal + 1
+        frames = self.before + (num_frames - 1) // self.vae_temporal + 1
         return self.latent_channels, frames, height // self.vae_spatial, width // self.vae_spatial
+
+    def num_frames(self, frames: int) -> int:
+        """Frames of the video of so many latent frames."""
+        return (frames - self.before - 1) * self.vae_temporal + 1
 
     def tokens(self, num_frames: int, height: int, width: int) -> int:
         """Tokens of a video of a legal size."""
@@ -82,12 +90,14 @@ class ModelShape:
         if self.images and num_frames != 1:
             raise InputError(f"num_frames: {num_frames}; allowed: 1, this is a model of images")
         step = self.vae_temporal * self.patch[0]
-        first = self.vae_temporal * (self.patch[0] - 1) + 1
+        first = self.num_frames(self.patch[0])
         _check_size("num_frames", num_frames, step, first, first + step * (self.max_patches - 1))
-        for key, size, patch in (("height", height, self.patch[1]), ("width", width, self.patch[2])):
-            token = self.vae_spatial * patch
-            step = math.lcm(token, self.multiple)
-            _check_size(key, size, step, step, token * self.max_patches // step * step)
+        for i, (key, size) in enumerate((("height", height), ("width", width))):
+            if self.only and size != self.only[i]:
+                raise InputError(f"{key}: {size}; allowed: {self.only[i]}, as of this model")
+            token = self.vae_spatial * self.patch[1 + i]
+            step, most = math.lcm(token, self.multiple), token * self.max_patches
+            _check_size(key, size, step, step, min(most, self.most[i] if self.most else most) // step * step)
 
 
 @dataclass(frozen=True)

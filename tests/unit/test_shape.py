@@ -74,3 +74,26 @@ def test_no_legal_size_is_nearer_than_those_named(
     below, above = [n for n in legal[axis] if n < size][-1:], [n for n in legal[axis] if n > size][:1]
     assert message.startswith(f"{('num_frames', 'height', 'width')[axis]}: {size} ")
     assert message.endswith(f"nearest: {' or '.join(map(str, below + above))}")
+
+
+def test_latent_frames_before_the_video_s_make_whole_patches_of_it() -> None:
+    """As in CogVideoX 1.5: 21 latent frames and one more are eleven pairs."""
+    shape = ModelShape(2, 5, 16, 16, (2, 2, 2), 4, 8, before=1)
+    assert [refused(shape, n, 480, 720) for n in (1, 81, 161)] == [""] * 3
+    assert refused(shape, 85, 480, 720).endswith("allowed: 8k + 1 up to 8185; nearest: 81 or 89")
+    assert shape.latents(81, 480, 720)[1] == 22 and shape.num_frames(22) == 81
+    assert shape.tokens(81, 480, 720) == 11 * 30 * 45
+
+
+def test_a_model_of_one_size_takes_no_other() -> None:
+    shape = ModelShape(2, 5, 16, 16, (1, 2, 2), 4, 8, only=(480, 720))
+    assert refused(shape, 49, 480, 720) == ""
+    assert refused(shape, 49, 496, 720) == "height: 496; allowed: 480, as of this model"
+    assert refused(shape, 49, 480, 480) == "width: 480; allowed: 720, as of this model"
+
+
+def test_height_and_width_may_end_at_different_sizes() -> None:
+    shape = ModelShape(2, 5, 16, 16, (2, 2, 2), 4, 8, most=(770, 1360))
+    assert refused(shape, 85, 768, 1360) == ""
+    assert refused(shape, 85, 784, 1360).endswith("up to 768; nearest: 768")
+    assert refused(shape, 85, 768, 1376).endswith("up to 1360; nearest: 1360")
