@@ -11,12 +11,12 @@ import numpy as np
 from tests.checkpoints import WORDS, made_of, make_wan, stretch, write_picture
 
 PROMPTS = ("a red circle moving left on the sea", "grey", 3), ("the cat", "a red circle on the sky", 8)
-STEPS = 2
 
 
 @dataclass(frozen=True)
 class Example:
-    """make: writes a checkpoint; size: frames, height and width; length: max_sequence_length; scale: of guidance.
+    """make: writes a checkpoint; size: frames, height and width; length: max_sequence_length; scale: of guidance, in
+    so many steps.
 
     options: how its pipeline is told beside; named: what it calls the scale.
     """
@@ -29,6 +29,7 @@ class Example:
     guided: bool = True
     images: bool = False
     image: bool = False
+    steps: int = 2
     options: dict[str, Any] = field(default_factory=dict)
 
     def reference(self, folder: Path, prompt: str, negative: str, seed: int) -> np.ndarray:
@@ -47,7 +48,7 @@ class Example:
             **sizes,
             **self.options,
             **({"image": load_image(str(picture(folder)))} if self.image else {}),
-            num_inference_steps=STEPS,
+            num_inference_steps=self.steps,
             max_sequence_length=self.length,
             generator=torch.Generator().manual_seed(seed),
             output_type="np",
@@ -93,28 +94,28 @@ def make(folder: Path, build: Callable[[Any], Any]) -> None:
         pipe.save_pretrained(folder)
 
 
-def cogvideox(tokenizer: Any, rotary: bool) -> Any:
+def cogvideox(tokenizer: Any, rotary: bool = True, image: bool = False, dpm: bool = False, **more: Any) -> Any:
+    """rotary: else with sines; image: from a picture; dpm: with the scheduler that draws noise in its steps."""
     import diffusers
 
+    sizes = {"num_layers": 2, "sample_height": 4, "sample_width": 6, "sample_frames": 9, "max_text_seq_length": 23}
     transformer: Any = diffusers.CogVideoXTransformer3DModel(
         num_attention_heads=5,
         attention_head_dim=16,
-        in_channels=4,
+        in_channels=8 if image else 4,
         out_channels=4,
         time_embed_dim=10,
         text_embed_dim=12,
-        num_layers=2,
-        sample_width=8,
-        sample_height=6,
-        sample_frames=9,
-        max_text_seq_length=24,
         use_rotary_positional_embeddings=rotary,
+        **sizes | more,
     )
     vae: Any = diffusers.AutoencoderKLCogVideoX(
         block_out_channels=(8, 8, 8, 8), latent_channels=4, layers_per_block=1, norm_num_groups=2
     )
-    scheduler: Any = diffusers.CogVideoXDDIMScheduler(prediction_type="v_prediction", rescale_betas_zero_snr=True)
-    return diffusers.CogVideoXPipeline(tokenizer, t5(12, len(tokenizer)), vae, transformer, scheduler)
+    kind: Any = diffusers.CogVideoXDPMScheduler if dpm else diffusers.CogVideoXDDIMScheduler
+    scheduler = kind(prediction_type="v_prediction", rescale_betas_zero_snr=True, timestep_spacing="trailing")
+    pipeline: Any = diffusers.CogVideoXImageToVideoPipeline if image else diffusers.CogVideoXPipeline
+    return pipeline(tokenizer, t5(12, len(tokenizer)), vae, transformer, scheduler)
 
 
 def flux(tokenizer: Any) -> Any:
@@ -248,14 +249,21 @@ def qwenimage(tokenizer: Any) -> Any:
     return diffusers.QwenImagePipeline(scheduler, vae, encoder, tokenizer, transformer)
 
 
+LEARNED = partial(cogvideox, image=True, use_learned_positional_embeddings=True)
+PAIRS = partial(cogvideox, patch_size_t=2)
+OFFSET = partial(PAIRS, image=True, ofs_embed_dim=10, dpm=True)
+SMALL = 9, 32, 48
 EXAMPLES = {
     "wan-experts": Example(partial(make_wan, experts=2), (5, 32, 48)),
     "wan-fine": Example(partial(make_wan, fine=True), (5, 64, 96)),
     "wan-image": Example(partial(make_wan, image="encoded"), (5, 32, 48), length=512, image=True),
     "wan-image-experts": Example(partial(make_wan, image="latents", experts=2), (5, 32, 48), image=True),
     "wan-image-fine": Example(partial(make_wan, image="latents", fine=True), (5, 64, 96), image=True),
-    "cogvideox-2b": Example(partial(make, build=partial(cogvideox, rotary=False)), (9, 48, 80)),
-    "cogvideox-5b": Example(partial(make, build=partial(cogvideox, rotary=True)), (9, 48, 80)),
+    "cogvideox-2b": Example(partial(make, build=partial(cogvideox, rotary=False)), SMALL, length=23),
+    "cogvideox-5b": Example(partial(make, build=partial(cogvideox, dpm=True)), SMALL, length=23, steps=3),
+    "cogvideox-image": Example(partial(make, build=LEARNED), SMALL, length=23, image=True),
+    "cogvideox15": Example(partial(make, build=PAIRS), SMALL, length=23),
+    "cogvideox15-image": Example(partial(make, build=OFFSET), SMALL, length=23, image=True),
     "flux": Example(partial(make, build=flux), (1, 48, 80), guided=False, images=True),
     "ltx": Example(partial(make, build=ltx), (17, 96, 160)),
     "hunyuanvideo": Example(partial(make, build=hunyuanvideo), (5, 48, 80), guided=False),

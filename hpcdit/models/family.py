@@ -132,6 +132,10 @@ class Family(ABC):
     def sizes(self, folder: "ModelFolder") -> dict[str, Any]:
         """Those that families have under names of their own: all others of ModelShape."""
 
+    def prepare(self, pipe: Any) -> None:
+        """Changes what of a loaded pipeline has to be another than its own: here, nothing."""
+        return
+
     @abstractmethod
     def split(self, model: Any, split: "Split") -> None:
         """Tells `split` what of the transformer is cut along tokens."""
@@ -158,9 +162,12 @@ class Family(ABC):
         """Undoes `pack`; sizes: C, f, h, w."""
         return unpacked(latents, sizes, self.patch) if self.patch else latents
 
-    def options(self, pipe: Any, latents: "Tensor") -> dict[str, Any]:
-        """What the pipeline is told beside prompts, sizes, steps, scale and latents [B, C, f, h, w]."""
-        return {}
+    def options(self, pipe: Any, latents: "Tensor", image: Any, seeds: tuple[int, ...]) -> dict[str, Any]:
+        """What the pipeline is told beside prompts, sizes, steps, scale and latents [B, C, f, h, w].
+
+        image: the picture that all videos start from, or None; seeds: of each video, for what is drawn beside latents.
+        """
+        return {} if image is None else {"image": image}
 
     @abstractmethod
     def decode(self, pipe: Any, latents: "Tensor") -> "Tensor":

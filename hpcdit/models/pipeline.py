@@ -30,6 +30,7 @@ class PipelineAdapter(Adapter):
     def __init__(self, pipe: Any, folder: ModelFolder, graph: bool = False) -> None:
         self.shape, self._family = shape(folder), families()[folder.family]
         self._pipe = pipe
+        self._family.prepare(pipe)
         self._splits, self._passes, self._guidances = list[Split](), list[Passes](), list[Guidance]()
         for transformer in transformers_of(pipe):
             split = Split()
@@ -105,6 +106,7 @@ class PipelineAdapter(Adapter):
         on_step: OnStep,
         halves: Halves | None = None,
         start: Snapshot | None = None,
+        seeds: tuple[int, ...] = (),
     ) -> Tensor:
         guided = self.guided(guidance_scale)
         if guided and conditions.negative is None:
@@ -129,8 +131,7 @@ class PipelineAdapter(Adapter):
                     **{f"negative_{name}": x for name, x in (negative or {}).items()},
                     **{self._family.scale: guidance_scale},
                     **self._sizes(noise),
-                    **({} if conditions.image is None else {"image": conditions.image}),
-                    **self._family.options(self._pipe, noise),
+                    **self._family.options(self._pipe, noise, conditions.image, seeds),
                     latents=latents,
                     num_inference_steps=steps,
                     output_type="latent",
@@ -145,7 +146,7 @@ class PipelineAdapter(Adapter):
         frames, rows, columns = latents.shape[2:]
         sizes = {"height": rows * self.shape.vae_spatial, "width": columns * self.shape.vae_spatial}
         if not self.shape.images:
-            sizes["num_frames"] = (frames - 1) * self.shape.vae_temporal + 1
+            sizes["num_frames"] = self.shape.num_frames(frames)
         return sizes
 
     def _begin(self, sequence: Sequence, halves: Halves | None, negative: Encoding | None, like: torch.Size) -> None:

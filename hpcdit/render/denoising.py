@@ -89,7 +89,8 @@ class Denoiser:
                 step_start = self.trace.start("step")
 
         try:
-            latents = self.adapter.denoise(conditions, noise, steps, scale, session, on_step, self.halves, start)
+            seeds = tuple(job.sampling.seed for job in jobs)
+            latents = self.adapter.denoise(conditions, noise, steps, scale, session, on_step, self.halves, start, seeds)
             self.peak_bytes = self.peak_bytes or self.device.peak_bytes()
             return latents
         except (GivenUp, *FATAL):

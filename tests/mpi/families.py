@@ -18,11 +18,21 @@ from hpcdit.models.pipeline import PipelineAdapter
 from hpcdit.render.engine import stack
 from hpcdit.transport.mpi import MpiTransport
 from tests.attention_cases import UNTIMED
-from tests.families import EXAMPLES, PROMPTS, STEPS, picture
+from tests.families import EXAMPLES, PROMPTS, picture
 from tests.mpi.groups import each_size, side_by_side
 
 # Examples that the whole program renders, too: one of each way in which families differ.
-PROGRAM = "wan-experts", "wan-image", "cogvideox-5b", "flux", "ltx", "hunyuanvideo", "mochi", "qwenimage"
+PROGRAM = (
+    "wan-experts",
+    "wan-image",
+    "cogvideox-5b",
+    "cogvideox15-image",
+    "flux",
+    "ltx",
+    "hunyuanvideo",
+    "mochi",
+    "qwenimage",
+)
 # Ranks: of one node, or of nodes of one rank each; methods with their degrees.
 LAYOUTS = {
     1: [(1, "ulysses", 1, 1)],
@@ -46,7 +56,7 @@ def frames(comm: MPI.Comm, folder: str) -> Any:
         image = str(picture(Path(folder) / name)) if example.image else ""
         conditions = stack([adapter.encode(prompt, no, guided, example.length, image) for prompt, no, _ in PROMPTS])
         noise = torch.cat([adapter.noise(seed, *example.size) for _, _, seed in PROMPTS])
-        of = adapter.shape
+        of, seeds = adapter.shape, tuple(seed for _, _, seed in PROMPTS)
         shape = Shape(len(PROMPTS), of.length(*example.size, example.length), of.heads, of.head_dim)
 
         def body(world: World) -> tuple[int, int]:
@@ -55,7 +65,8 @@ def frames(comm: MPI.Comm, folder: str) -> Any:
                 nodes = Cluster(world, per_node)
                 plan, transport = schedule(method, ulysses, ring), MpiTransport(nodes)
                 parallel = SequenceParallel(plan, shape, transport, cpu, torch.float32, UNTIMED, of.token_channels)  # noqa: B023
-                latents = adapter.denoise(conditions, noise, STEPS, example.scale, parallel, lambda *_: None)  # noqa: B023
+                settings = example.steps, example.scale, parallel, lambda *_: None  # noqa: B023
+                latents = adapter.denoise(conditions, noise, *settings, seeds=seeds)  # noqa: B023
                 parallel.close()
                 nodes.close()
                 mine = world.rank % 2
@@ -73,7 +84,7 @@ def program(comm: MPI.Comm, folder: str) -> Any:
     for name in PROGRAM:
         example = EXAMPLES[name]
         shared: dict[str, Any] = dict(zip(("num_frames", "height", "width"), example.size, strict=True))
-        shared |= {"steps": STEPS, "guidance_scale": example.scale, "max_sequence_length": example.length}
+        shared |= {"steps": example.steps, "guidance_scale": example.scale, "max_sequence_length": example.length}
         if example.image:
             shared["image"] = f"{name}.png"  # beside the prompts file
         own = [{"prompt": prompt, "negative_prompt": no, "seed": seed, "id": str(seed)} for prompt, no, seed in PROMPTS]

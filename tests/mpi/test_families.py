@@ -11,10 +11,12 @@ import pytest
 from hpcdit.config import load, resolve_sampling
 from hpcdit.models.families import families
 from hpcdit.models.loading import inspect, shape
+from hpcdit.models.pipeline import PipelineAdapter
 from tests.checkpoints import edit, refusal
-from tests.families import EXAMPLES, PROMPTS
+from tests.families import EXAMPLES, PROMPTS, picture
 from tests.mpi.families import LAYOUTS, PROGRAM
 from tests.mpi.test_mpi import mpirun
+from tests.unit.test_wan import Group, Member
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +82,36 @@ def test_a_checkpoint_that_is_not_whole_or_of_another_kind_is_refused(
     edit(folder / "model_index.json", _class_name="SanaVideoPipeline")
     said = refusal(folder)
     assert all(pipeline in said for family in families().values() for pipeline in family.pipelines)
+
+
+@pytest.mark.parametrize(
+    ("name", "part", "key", "value", "allowed"),
+    [
+        ("mochi", "vae", "temporal_expansions", [1, 2, 2], "[1, 2, 3], as the pipeline takes them to be"),
+        ("mochi", "vae", "latents_mean", [0.0], "null or 12 numbers"),
+        ("mochi", "transformer", "text_embed_dim", 12, "16, the text encoder's d_model"),
+        ("cogvideox-image", "transformer", "in_channels", 4, "8, of the VAE's 4 latent_channels"),
+        ("cogvideox-image", "transformer", "use_rotary_positional_embeddings", False, "true, as in 5B and 1.5"),
+        ("cogvideox15", "transformer", "patch_size_t", 3, "null or 2"),
+        ("cogvideox15", "transformer", "ofs_embed_dim", 512, "null (text to video)"),
+    ],
+)
+def test_parts_that_do_not_fit_are_refused(
+    checkpoints: Path, tmp_path: Path, name: str, part: str, key: str, value: object, allowed: str
+) -> None:
+    folder = shutil.copytree(checkpoints / name, tmp_path / name)
+    edit(folder / part / "config.json", **{key: value})
+    assert refusal(folder) == f"{part}/config.json: {key}: {value} is not supported; allowed: {allowed}"
+
+
+def test_a_picture_is_encoded_whatever_type_the_model_computes_in(checkpoints: Path) -> None:
+    """The VAE stays in float32, though CogVideoX's pipeline gives it pictures in the model's type."""
+    name = "cogvideox-image"
+    example, adapter = EXAMPLES[name], PipelineAdapter.load(inspect(checkpoints / name), "bfloat16")
+    conditions = adapter.encode("a cat", "", True, example.length, str(picture(checkpoints / name)))
+    noise, alone = adapter.noise(3, *example.size), Member(Group(adapter.shape.length(*example.size, 23)), 0)
+    latents = adapter.denoise(conditions, noise, 1, 4.0, alone, lambda *_: None, seeds=(3,))
+    assert latents.isfinite().all() and latents.std() > 0.1
 
 
 @pytest.mark.parametrize("name", EXAMPLES)

@@ -66,7 +66,7 @@ NO_CODE = "classes of diffusers and transformers; custom code is never run"
             "_class_name",
             "WanVACEPipeline",
             "'WanVACEPipeline'",
-            "CogVideoXPipeline, FluxPipeline, ",
+            "CogVideoXPipeline, CogVideoXImageToVideoPipeline, FluxPipeline, ",
         ),
         ("_class_name", None, "None", NO_CODE),
         ("_class_name", ["mine", "Mine"], "['mine', 'Mine']", NO_CODE),

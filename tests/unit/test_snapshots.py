@@ -3,7 +3,7 @@
 import json
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,14 @@ from hpcdit.render.checkpoints import FOLDER, Checkpoints, join, pack, unpack
 from hpcdit.render.engine import stack
 from hpcdit.render.manifest import Job
 from tests.checkpoints import make_wan
+from tests.families import EXAMPLES, picture
 from tests.unit.test_wan import Group, Member
 from tests.unit.test_wan import one_thread as one_thread
 
 STEPS = 6
-SIZE = (5, 32, 48)
-SAMPLING = Sampling(*SIZE, steps=STEPS, guidance_scale=4.0, seed=3, fps=16, max_sequence_length=24)
+SIZE = (9, 32, 48)
+SAMPLING = Sampling(*SIZE, steps=STEPS, guidance_scale=4.0, seed=3, fps=16, max_sequence_length=23)
+DRAWING = "cogvideox15-image"  # its scheduler draws noise in its steps, after noise for the picture
 MODEL = {"fingerprint": "f" * 64, "dtype": "float32"}
 
 
@@ -32,25 +34,36 @@ def job(name: str, **changes: Any) -> Job:
     return Job(0, name, f"a {name}", "", replace(SAMPLING, **changes))
 
 
+@dataclass(frozen=True)
+class Subject:
+    adapter: PipelineAdapter
+    image: str
+
+
 def denoise(
-    adapter: PipelineAdapter,
+    subject: Subject,
     jobs: list[Job],
     start: Snapshot | None = None,
     on_step: Callable[[int, Callable[[], Snapshot]], None] = lambda *_: None,
 ) -> torch.Tensor:
-    conditions = [adapter.encode(j.prompt, j.negative_prompt, True, 24) for j in jobs]
-    both = stack(conditions)
-    noise = torch.cat([adapter.noise(j.sampling.seed, *SIZE) for j in jobs])
-    sequence = Member(Group(adapter.shape.tokens(*SIZE)), 0)
-    return adapter.denoise(both, noise, STEPS, 4.0, sequence, on_step, None, start)
+    adapter, seeds = subject.adapter, tuple(j.sampling.seed for j in jobs)
+    both = stack([adapter.encode(j.prompt, j.negative_prompt, True, 23, subject.image) for j in jobs])
+    noise = torch.cat([adapter.noise(seed, *SIZE) for seed in seeds])
+    sequence = Member(Group(adapter.shape.length(*SIZE, 23)), 0)
+    return adapter.denoise(both, noise, STEPS, 4.0, sequence, on_step, None, start, seeds)
 
 
-@pytest.fixture(scope="module", params=FAMILY.components["scheduler"].classes)
-def adapter(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> PipelineAdapter:
-    return PipelineAdapter.load(inspect(make_wan(tmp_path_factory.mktemp("wan"), scheduler=request.param)))
+@pytest.fixture(scope="module", params=[*FAMILY.components["scheduler"].classes, DRAWING])
+def subject(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Subject:
+    folder = tmp_path_factory.mktemp("model") / "model"
+    if request.param == DRAWING:
+        EXAMPLES[DRAWING].make(folder)
+    else:
+        make_wan(folder, scheduler=request.param)
+    return Subject(PipelineAdapter.load(inspect(folder)), str(picture(folder)) if request.param == DRAWING else "")
 
 
-def test_every_scheduler_goes_on_bit_by_bit_from_any_step(adapter: PipelineAdapter) -> None:
+def test_every_scheduler_goes_on_bit_by_bit_from_any_step(subject: Subject) -> None:
     jobs = [job("cat", seed=3), job("dog", seed=4)]
     kept: list[bytes] = []
     each: list[list[bytes]] = []
@@ -60,25 +73,25 @@ def test_every_scheduler_goes_on_bit_by_bit_from_any_step(adapter: PipelineAdapt
         assert taken.step == step + 1
         each.append([pack(taken, video, {}) for video in range(2)])
 
-    whole = denoise(adapter, jobs, on_step=keep)
+    whole = denoise(subject, jobs, on_step=keep)
     assert len(each) == STEPS and not kept
-    denoise(adapter, [job("bird", seed=9)])  # what the scheduler knows of another video does not matter
+    denoise(subject, [job("bird", seed=9)])  # what the scheduler knows of another video does not matter
     for step, files in enumerate(each, 1):
         steps: list[int] = []
         start = join([unpack(data)[0] for data in files])
-        again = denoise(adapter, jobs, start, lambda step, _: steps.append(step))  # noqa: B023
+        again = denoise(subject, jobs, start, lambda step, _: steps.append(step))  # noqa: B023
         assert again.equal(whole), f"after step {step}"
         assert steps == list(range(step, STEPS))
-    alone = denoise(adapter, [jobs[1]], unpack(each[2][1])[0])
+    alone = denoise(subject, [jobs[1]], unpack(each[2][1])[0])
     assert torch.allclose(alone, whole[1:], atol=1e-4), "one of two videos may go on by itself"
-    assert denoise(adapter, jobs).equal(whole), "and nothing is left of it in the adapter"
+    assert denoise(subject, jobs).equal(whole), "and nothing is left of it in the adapter"
 
 
-def test_a_state_that_is_none_is_refused(adapter: PipelineAdapter) -> None:
-    bad = Snapshot(1, adapter.noise(3, *SIZE), {"step": 3})
+def test_a_state_that_is_none_is_refused(subject: Subject) -> None:
+    bad = Snapshot(1, subject.adapter.noise(3, *SIZE), {"step": 3})
     with pytest.raises(ValueError, match="does not remember step"):
-        denoise(adapter, [job("cat")], bad)
-    denoise(adapter, [job("cat")])
+        denoise(subject, [job("cat")], bad)
+    denoise(subject, [job("cat")])
 
 
 def snapshot(step: int = 2, value: float = 1.0) -> Snapshot:

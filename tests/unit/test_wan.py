@@ -95,7 +95,7 @@ class Member:
     def attend(self, keys: torch.Tensor | None = None) -> torch.Tensor:
         assert keys is None
         q, k, v = (self.published.pop(name) for name in "qkv")
-        v = v.unflatten(2, k.shape[2:])
+        v = v.reshape(k.shape)  # what was projected has no heads yet
         if self.group.exchange:
             k, v = (self.group.all_tokens(self.rank, x) for x in (k, v))
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))

@@ -1,11 +1,17 @@
-"""CogVideoX text-to-video, 2B and 5B: text and video in one sequence, both predictions of guidance in one batch."""
+"""CogVideoX 1.0 and 1.5, from text or from text and a picture.
+
+Text and video are one sequence, both predictions of guidance one batch. Tokens of 1.5 are of two latent frames each:
+one is put before an odd number of them, and left out of the video.
+"""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from ..configs import Config, check_counts
+from ..configs import Config
 from ..family import Family, encoder, model, parts, scheduler, tokenizer
 from ..loading import ModelFolder
+from . import cogvideox_configs as configs
+from .cogvideox_configs import IMAGE
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
@@ -13,55 +19,43 @@ if TYPE_CHECKING:
     from ..base import Encoding
     from ..split import Split
 
-TRANSFORMER = {
-    "num_attention_heads": 30,
-    "attention_head_dim": 64,
-    "in_channels": 16,
-    "out_channels": 16,
-    "text_embed_dim": 4096,
-    "num_layers": 30,
-    "patch_size": 2,
-    "patch_size_t": None,
-    "max_text_seq_length": 226,
-    "use_learned_positional_embeddings": False,
-}
-VAE = {"latent_channels": 16, "block_out_channels": [128, 256, 256, 512], "temporal_compression_ratio": 4}
-
 
 class CogVideoX(Family):
-    pipelines = ("CogVideoXPipeline",)
+    pipelines = "CogVideoXPipeline", IMAGE
     components = parts(
-        transformer=model("CogVideoXTransformer3DModel", TRANSFORMER),
-        vae=model("AutoencoderKLCogVideoX", VAE),
+        transformer=model("CogVideoXTransformer3DModel", configs.TRANSFORMER),
+        vae=model("AutoencoderKLCogVideoX", configs.VAE),
         text_encoder=encoder("T5EncoderModel"),
         tokenizer=tokenizer("T5TokenizerFast", "T5Tokenizer"),
-        scheduler=scheduler("CogVideoXDDIMScheduler"),  # CogVideoXDPMScheduler draws noise in its steps
+        scheduler=scheduler("CogVideoXDDIMScheduler", "CogVideoXDPMScheduler"),
     )
 
     layers: Mapping[str, str] = {"num_layers": "transformer_blocks.{}.attn1.to_q.weight"}
 
     def check(self, index: Config, found: Mapping[str, Config]) -> None:
-        transformer, vae, text = found["transformer"], found["vae"], found["text_encoder"]
-        check_counts(transformer, "num_layers", "num_attention_heads", "attention_head_dim", "patch_size")
-        check_counts(transformer, "max_text_seq_length")
-        check_counts(vae, "latent_channels", "temporal_compression_ratio")
-        transformer.need("patch_size_t", lambda p: p is None, "null (CogVideoX 2B and 5B; 1.5 is not supported)")
-        transformer.need("use_learned_positional_embeddings", lambda flag: not flag, "false (text to video)")
-        for key in ("in_channels", "out_channels"):
-            channels = vae["latent_channels"]
-            transformer.need(key, lambda n: n == channels, f"{channels}, the VAE's latent_channels")  # noqa: B023
-        transformer.need("text_embed_dim", lambda n: n == text["d_model"], f"{text['d_model']}, the text encoder's")
+        configs.check(index, found)
 
     def sizes(self, folder: ModelFolder) -> dict[str, Any]:
         transformer, vae = folder.transformer, folder.vae
+        spatial, frames = 2 ** (len(vae["block_out_channels"]) - 1), transformer["patch_size_t"] or 1
+        sides = tuple(transformer[key] * spatial for key in ("sample_height", "sample_width"))
         return dict(
             latent_channels=vae["latent_channels"],
-            patch=(1, transformer["patch_size"], transformer["patch_size"]),
+            patch=(frames, transformer["patch_size"], transformer["patch_size"]),
             vae_temporal=vae["temporal_compression_ratio"],
-            vae_spatial=2 ** (len(vae["block_out_channels"]) - 1),
+            vae_spatial=spatial,
+            before=frames - 1,
             joint=True,
             text=transformer["max_text_seq_length"],
+            image=folder.pipeline == IMAGE,
+            only=sides if transformer["use_learned_positional_embeddings"] else None,
+            most=sides if transformer["patch_size_t"] else None,  # of which the pipeline makes rotary tables
         )
+
+    def prepare(self, pipe: Any) -> None:
+        from .cogvideox_steps import prepare
+
+        prepare(pipe)
 
     def split(self, model: Any, split: "Split") -> None:
         from ..split import TEXT, VIDEO, Cut, Part
@@ -79,9 +73,20 @@ class CogVideoX(Family):
         return {"prompt_embeds": encoded}, max(len(tokens) - limit, 0)
 
     def noise(self, pipe: Any, num_frames: int, height: int, width: int, generator: "Generator") -> "Tensor":
-        channels, dtype = pipe.transformer.config.in_channels, pipe.transformer.dtype
-        noise = pipe.prepare_latents(1, channels, num_frames, height, width, dtype, pipe.device, generator)
-        return noise.transpose(1, 2)
+        from diffusers.utils.torch_utils import randn_tensor
+
+        config, spatial = pipe.transformer.config, pipe.vae_scale_factor_spatial
+        frames = (num_frames - 1) // pipe.vae_scale_factor_temporal + (config.patch_size_t or 1)
+        sizes = config.out_channels, height // spatial, width // spatial
+        if config.in_channels > config.out_channels:  # first it draws the picture's latents from what the VAE says
+            randn_tensor((1, sizes[0], 1, *sizes[1:]), generator, pipe.device, pipe.vae.dtype)
+        return randn_tensor((1, frames, *sizes), generator, pipe.device, pipe.transformer.dtype).transpose(1, 2)
+
+    def options(self, pipe: Any, latents: "Tensor", image: Any, seeds: tuple[int, ...]) -> dict[str, Any]:
+        from torch import Generator
+
+        drawn = {"generator": [Generator().manual_seed(seed) for seed in seeds]}
+        return drawn if image is None else {**drawn, "image": [image] * len(seeds)}
 
     def pack(self, latents: "Tensor") -> "Tensor":
         return latents.transpose(1, 2)
@@ -90,7 +95,8 @@ class CogVideoX(Family):
         return latents.transpose(1, 2)
 
     def decode(self, pipe: Any, latents: "Tensor") -> "Tensor":
-        return pipe.vae.decode(1 / pipe.vae.config.scaling_factor * latents, return_dict=False)[0]
+        before = (pipe.transformer.config.patch_size_t or 1) - 1
+        return pipe.vae.decode(1 / pipe.vae.config.scaling_factor * latents[:, :, before:], return_dict=False)[0]
 
 
 FAMILY = CogVideoX()

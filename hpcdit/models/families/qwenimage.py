@@ -94,7 +94,7 @@ class QwenImage(Family):
         tokens = pipe.prepare_latents(1, channels, height, width, dtype, pipe.device, generator)
         return self.unpack(tokens, (channels, 1, height // ratio, width // ratio))
 
-    def options(self, pipe: Any, latents: "Tensor") -> dict[str, Any]:
+    def options(self, pipe: Any, latents: "Tensor", image: Any, seeds: tuple[int, ...]) -> dict[str, Any]:
         return {"max_sequence_length": pipe.tokenizer_max_length}  # prompts are cut already
 
     def decode(self, pipe: Any, latents: "Tensor") -> "Tensor":
