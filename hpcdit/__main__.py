@@ -3,6 +3,7 @@
 import gc
 import os
 import sys
+from collections.abc import Callable
 from typing import NoReturn
 
 from . import guard, leftovers
@@ -13,7 +14,7 @@ def main() -> NoReturn:
     guard.run(work)
 
 
-def work() -> int:
+def work(tell_guard: Callable[[float], None]) -> int:
     """What the guarded process does; the imports come after the fork, so that the guard stays small."""
     # Threads that wait for each other shall sleep: where ranks share cores, spinning takes them from who has work.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -23,7 +24,7 @@ def work() -> int:
         leftovers.remove_segments()
     from .app import main as run_program
 
-    return run_program()
+    return run_program(tell_guard=tell_guard)
 
 
 if __name__ == "__main__":

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 OK = 0
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the program; returns its exit code (see the README)."""
+def main(argv: Sequence[str] | None = None, tell_guard: Callable[[float], None] = lambda timeout_s: None) -> int:
+    """Runs the program; returns its exit code (see the README). tell_guard: is called with `transport.timeout_s`."""
     argv = sys.argv[1:] if argv is None else argv
     alone = {
         "mode=plan": plan,
@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     def whole() -> int:
         stop = StopRequest()
         stop.listen()  # to the end: what is asked for while MPI ends changes nothing any more
-        code = _say(lambda: _run(world, argv, stop), first=world.rank == 0)
+        code = _say(lambda: _run(world, argv, stop, tell_guard), first=world.rank == 0)
         world.close()
         finalize(world.timeout_s)
         return code
@@ -59,7 +59,7 @@ def run(world: "World", argv: Sequence[str]) -> int:
 
     def body() -> int:
         with StopRequest() as stop:
-            return _say(lambda: _run(world, argv, stop), first=world.rank == 0)
+            return _say(lambda: _run(world, argv, stop, lambda timeout_s: None), first=world.rank == 0)
 
     return guarded(world, body)
 
@@ -105,7 +105,7 @@ def report(argv: Sequence[str]) -> int:
     return OK
 
 
-def _run(world: "World", argv: Sequence[str], stop: StopRequest) -> int:
+def _run(world: "World", argv: Sequence[str], stop: StopRequest, tell_guard: Callable[[float], None]) -> int:
     values = world.agree(lambda: (config := load(argv)) and config.to_dict(), "the configuration")
     if values is None:
         return OK
@@ -113,6 +113,7 @@ def _run(world: "World", argv: Sequence[str], stop: StopRequest) -> int:
     if config.mode in ("plan", "report"):
         return world.agree(lambda: (plan if config.mode == "plan" else report)(argv), f"the {config.mode}")
     world.keep_watch(config.transport.timeout_s)
+    tell_guard(config.transport.timeout_s)
     from .cluster import Cluster
     from .render.batch import Batch, prepare
 

@@ -10,6 +10,7 @@ imports nothing large: it lives as long as the run, beside the work.
 import contextlib
 import ctypes
 import fcntl
+import mmap
 import os
 import signal
 import socket
@@ -28,7 +29,9 @@ PR_SET_PDEATHSIG, PR_SET_NAME = 1, 15
 NAME = "hpcdit-guard"  # what ps calls it, and how guards know each other
 # From one guard to the others of its host: the run is over, a rank has broken, or was stopped before it could listen.
 END, HALT = signal.SIGRTMIN + 1, signal.SIGRTMIN + 2
-STANDS_S = 60.0  # for which the work of a rank may be stopped (SIGSTOP) while its guard is not
+# For which the work of a rank may be stopped (SIGSTOP) while its guard is not: until it has told, and beyond the
+# `transport.timeout_s` that it tells, after which ranks that wait for it say so, and for what.
+STANDS_S, BEYOND_S = 60.0, 2.0
 LINGER_S = 2.0
 HEARING_S = 1.0  # for the launcher to take in what was said
 SIZES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
@@ -49,8 +52,10 @@ HINTS = {
 }
 
 
-def run(main: Callable[[], int]) -> NoReturn:
+def run(main: Callable[[Callable[[float], None]], int]) -> NoReturn:
     """Calls `main` in a child process and exits as it does; with 4 and one line on stderr when it is killed.
+
+    `main` gets a function, to be told `transport.timeout_s` once that is known.
 
     Call it before MPI starts, before anything large is imported and before there are threads. A signal that
     asks the run to stop is passed on; where a launcher sends it to both processes, the child gets it twice, and
@@ -58,22 +63,24 @@ def run(main: Callable[[], int]) -> NoReturn:
     """
     # Held back until both processes have their own handlers, so that none is lost in between.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, ALL)
+    stands = ctypes.c_double.from_buffer(mmap.mmap(-1, mmap.PAGESIZE))  # memory that both processes share
+    stands.value = STANDS_S
     guard = os.getpid()
     child = os.fork()
     if child == 0:
         _die_with(guard)
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        code = main()
+        code = main(lambda timeout_s: setattr(stands, "value", timeout_s + BEYOND_S))
         for number in (*FORWARDED, *LEFT_TO_WORK):  # how the run ends is decided; a mask would be this thread's alone
             signal.signal(number, signal.SIG_IGN)
         sys.exit(code)
     _prctl(PR_SET_NAME, NAME.encode())
     asked = _watch_signals(child)
     signal.pthread_sigmask(signal.SIG_SETMASK, before)
-    status = _wait(child, asked)
+    status = _wait(child, asked, stands)
     # From here on nothing may end this process but its own exit: Python puts the default handlers back as it ends.
     signal.pthread_sigmask(signal.SIG_BLOCK, ALL)
-    code = KILLED if END in asked else STOPPED if HALT in asked else _exit_code(child, status, asked)
+    code = KILLED if END in asked else STOPPED if HALT in asked else _exit_code(child, status, asked, stands.value)
     # Also where a signal ended the work as it was asked to: a launcher does not notice a rank that never reached MPI.
     if _launched() and (code in (1, KILLED) or os.WIFSIGNALED(status)):
         _end_run(code)
@@ -117,8 +124,8 @@ def _watch_signals(child: int) -> set[int]:
     return asked
 
 
-def _wait(child: int, asked: set[int]) -> int:
-    """The status that the child ends with. One that stands still for STANDS_S is killed.
+def _wait(child: int, asked: set[int], stands: ctypes.c_double) -> int:
+    """The status that the child ends with. One that stands still for so many seconds is killed.
 
     The other ranks notice that, too, and sooner, but not while MPI starts, and not when they have ended. The seconds
     are counted one by one: where all was paused, and this process with it, the child goes on at the same time.
@@ -128,7 +135,7 @@ def _wait(child: int, asked: set[int]) -> int:
     def tick(number: int, _frame: FrameType | None) -> None:
         nonlocal stood
         stood += 1
-        if stood >= STANDS_S:
+        if stood >= stands.value:
             asked.add(number)
             os.kill(child, signal.SIGKILL)
 
@@ -142,11 +149,11 @@ def _wait(child: int, asked: set[int]) -> int:
         signal.setitimer(signal.ITIMER_REAL, each_s, each_s)
 
 
-def _exit_code(child: int, status: int, asked: set[int]) -> int:
+def _exit_code(child: int, status: int, asked: set[int], stands_s: float) -> int:
     if os.WIFEXITED(status) and os.WEXITSTATUS(status) in OWN:
         return os.WEXITSTATUS(status)
     if signal.SIGALRM in asked:
-        how = f"was stopped, did not go on for {STANDS_S:g} s, and was killed"
+        how = f"was stopped, did not go on for {stands_s:g} s, and was killed"
     elif os.WIFEXITED(status):  # MPICH ends processes so, for errors that it lets nobody handle
         how = f"was ended by MPI or the system with exit code {os.WEXITSTATUS(status)}"
     else:

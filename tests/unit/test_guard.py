@@ -23,7 +23,7 @@ PROGRAM = """
 import os, signal, sys, time
 from hpcdit import guard
 
-def work():
+def work(tell_guard):
     {prepare}
     print(os.getpid(), flush=True)
     {act}
@@ -213,6 +213,10 @@ def test_work_that_stands_still_is_killed_in_time_unless_it_goes_on() -> None:
         _, said = guard.communicate(timeout=10)
         assert guard.returncode == 4 and "did not go on for 2 s" in said
         assert 1.5 < time.monotonic() - begin < 6
+    with started("time.sleep(20)", "tell_guard(1.5)") as (guard, work):
+        os.kill(work, signal.SIGSTOP)
+        _, said = guard.communicate(timeout=10)
+        assert guard.returncode == 4 and "did not go on for 3.5 s" in said
     with started("time.sleep(4); sys.exit(3)") as (guard, work):
         for _ in range(2):
             os.kill(work, signal.SIGSTOP)
