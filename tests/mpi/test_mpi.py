@@ -16,6 +16,8 @@ import pytest
 from tests.mpi import cases, failing
 from tests.system.program import statuses
 
+WAITING = "tests.mpi.waiting"
+
 
 def mpirun(ranks: int, case: str, *args: str, module: str = "tests.mpi.cases", timeout_s: float = 400) -> Any:
     """What a case of the module returns on rank 0."""
@@ -37,18 +39,18 @@ def test_every_method_is_exact_on_one_to_six_ranks_over_both_ways_between_nodes(
 
 def test_an_exception_in_a_thread_of_one_rank_ends_all_ranks_with_its_message() -> None:
     with pytest.raises(AssertionError, match=r"(?s)rank 1 on .*ZeroDivisionError"):
-        mpirun(3, "broken_thread", timeout_s=60)
+        mpirun(3, "broken_thread", module=WAITING, timeout_s=60)
 
 
 @pytest.mark.parametrize("ranks, parts", [(3, 1), (4, 2)])
 def test_a_rank_without_heartbeat_is_named_by_the_one_that_waits(ranks: int, parts: int) -> None:
-    said, seconds = mpirun(ranks, "silent_rank", str(parts), timeout_s=60)
+    said, seconds = mpirun(ranks, "silent_rank", str(parts), module=WAITING, timeout_s=60)
     assert said.startswith(f"no sign of life from rank {ranks - 1}") and "waiting for a piece" in said
     assert 1.5 < seconds < 10
 
 
 def test_the_demo_is_the_same_video_on_one_to_six_ranks(tmp_path: Path) -> None:
-    """The whole program, with the packaged model and the shipped settings, on each number of ranks."""
+    """The whole program, with the packaged model and the settings that are shipped, but shorter."""
     prompts = tmp_path / "one.txt"
     prompts.write_text("a blue triangle moving right on black\n")
     assert mpirun(6, "program", str(prompts), str(tmp_path)) == {str(size): 0 for size in range(1, 7)}
@@ -57,7 +59,7 @@ def test_the_demo_is_the_same_video_on_one_to_six_ranks(tmp_path: Path) -> None:
         (path,) = (tmp_path / str(size) / "videos").glob("*.h5")
         with h5py.File(path) as file:
             frames[size] = file["frames"][:].astype(int)
-    assert frames[1].shape == (33, 96, 96, 3) and frames[1].std() > 20
+    assert frames[1].shape == (17, 96, 96, 3) and frames[1].std() > 20
     for size in range(2, 7):
         assert abs(frames[size] - frames[1]).max() <= 1, f"{size} ranks"
 
@@ -168,7 +170,7 @@ def test_frames_equal_diffusers_with_replicas_halves_of_guidance_and_batches(
 ) -> None:
     prompts, frames = requests
     codes = mpirun(4, "program_in_groups", str(tiny[0]), str(prompts), str(tmp_path))
-    assert len(codes) == 18 and set(codes.values()) == {0}
+    assert len(codes) == len(list(chain(*cases.LAYOUTS))) and set(codes.values()) == {0}
     for layout in codes:
         for own, expected in frames.items():
             with h5py.File(tmp_path / layout / "videos" / f"{own}.h5") as file:
@@ -185,7 +187,7 @@ def test_frames_equal_diffusers_with_replicas_halves_of_guidance_and_batches(
 
 
 def test_the_queue_hands_every_job_out_once_and_rank_0_hears_of_all() -> None:
-    for took, heard in mpirun(4, "queue", timeout_s=60):
+    for took, heard in mpirun(4, "queue", module=WAITING, timeout_s=60):
         assert sorted(chain(*took)) == list(range(200))
         assert sorted(chain(*heard)) == list(range(200))
         assert took[0] and took[2], "no group is left out"
