@@ -7,7 +7,7 @@ import re
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,17 +20,48 @@ ROOT = os.geteuid() == 0
 
 
 @dataclass(frozen=True)
+class Left:
+    """What earlier runs have left in an output folder: bytes of their logs, finished videos, half of others."""
+
+    logs: Mapping[str, int]
+    finished: int
+    parts: frozenset[str]
+
+    @classmethod
+    def by(cls, out: Path) -> "Left":
+        logs = {path.name: path.stat().st_size for path in out.glob("run*.log")}
+        return cls(logs, len(finished(out)), frozenset(path.name for path in out.glob("videos/*.part")))
+
+
+@dataclass(frozen=True)
 class Scene:
-    """A round at the moment of its fault. program: the run that is hit; rank: of it; ranks: of all runs there."""
+    """A round at the moment of its fault. program: the run that is hit; rank: of it; ranks: of all runs there.
+
+    left: by the rounds before it; videos: that are to be made.
+    """
 
     folder: Path
     program: Program
     rank: int
     ranks: int
+    left: Left
+    videos: int
 
     @property
     def out(self) -> Path:
         return self.folder / DISK / "out"
+
+    def log(self) -> str:
+        """What the logs of this round's runs say."""
+        return log(self.out, self.left.logs)
+
+    def writing(self) -> int | None:
+        """The process that is writing a video; None if none is."""
+        with contextlib.suppress(FileNotFoundError):
+            for name in set(os.listdir(self.out / "videos")) - self.left.parts:
+                if found := re.fullmatch(r"\.hpcdit-.*-(\d+)-[0-9a-f]+\.part", name):
+                    return int(found[1])
+        return None
 
 
 @dataclass(frozen=True)
@@ -67,7 +98,7 @@ def kill_all_ranks(scene: Scene) -> Expected:
 
 def kill_writer(scene: Scene) -> Expected:
     """The process that is writing a video; the moment is when one does."""
-    pid = writing(scene.out)
+    pid = scene.writing()
     if pid is None:
         return kill_rank(scene)
     send(pid, signal.SIGKILL)
@@ -87,14 +118,15 @@ def power_off(scene: Scene) -> Expected:
 def stop_rank(scene: Scene) -> Expected:
     guard, work = scene.program.rank(scene.rank)
     send(work or guard or scene.program.process.pid, signal.SIGSTOP)
-    return Expected((4,), rf"no sign of life from rank {scene.rank}|rank {scene.rank} .* was stopped, did not go on")
+    noticed = rf"no sign of life from rank {scene.rank}|rank {scene.rank} .* was stopped, did not go on"
+    return Expected((4,), rf"{noticed}|MPI neither started nor ended in time")
 
 
 def ask_to_stop(scene: Scene) -> Expected:
     guard, work = scene.program.rank(scene.rank)
     send(guard or scene.program.process.pid, signal.SIGTERM)
     # 0: each group was at its last videos. Before the ranks listen, they end without a word.
-    return Expected((0, 75), "stopped on request" if log(scene.out) else "") if work else Expected()
+    return Expected((0, 75), "stopped on request" if scene.log() else "") if work else Expected()
 
 
 def fill_disk(scene: Scene) -> Expected:
@@ -215,45 +247,37 @@ class Moment:
     share: float
     video: int
 
-    def come(self, scene: Scene, videos: int, pace: dict[str, float], deadline: float) -> bool:
+    def come(self, scene: Scene, pace: dict[str, float], deadline: float) -> bool:
         """Waits for the moment; whether it came before the run ended. pace: seconds that each takes."""
         reached = getattr(self, f"_{self.name}")
-        while not reached(scene, videos):
+        while not reached(scene):
             if scene.program.ended() or time.monotonic() > deadline:
                 return False
             time.sleep(LOOK_S if self.name == "write" else 0.01)
         time.sleep(self.share * pace[self.name])
         return not scene.program.ended()
 
-    def _start(self, scene: Scene, videos: int) -> bool:
+    def _start(self, scene: Scene) -> bool:
         return True
 
-    def _load(self, scene: Scene, videos: int) -> bool:
-        return log(scene.out).count(", pid ") >= scene.ranks
+    def _load(self, scene: Scene) -> bool:
+        return scene.log().count(", pid ") >= scene.ranks
 
-    def _denoise(self, scene: Scene, videos: int) -> bool:
-        return len(re.findall(r": starts", log(scene.out))) > self.video
+    def _denoise(self, scene: Scene) -> bool:
+        return len(re.findall(r": starts", scene.log())) > self.video
 
-    def _write(self, scene: Scene, videos: int) -> bool:
-        return len(finished(scene.out)) >= self.video and writing(scene.out) is not None
+    def _write(self, scene: Scene) -> bool:
+        return len(finished(scene.out)) >= scene.left.finished + self.video and scene.writing() is not None
 
-    def _end(self, scene: Scene, videos: int) -> bool:
-        return len(finished(scene.out)) == videos
+    def _end(self, scene: Scene) -> bool:
+        return len(finished(scene.out)) == scene.videos
 
 
-def log(out: Path) -> str:
-    """What the logs of all runs say."""
-    return "".join(path.read_text() for path in out.glob("run*.log"))
+def log(out: Path, after: Mapping[str, int] | None = None) -> str:
+    """What the logs of all runs say, each `after` so many bytes."""
+    start = after or {}
+    return "".join(path.read_bytes()[start.get(path.name, 0) :].decode() for path in out.glob("run*.log"))
 
 
 def finished(out: Path) -> list[Path]:
     return sorted((out / "videos").glob("[!.]*"))
-
-
-def writing(out: Path) -> int | None:
-    """The process that is writing a video; None if none is."""
-    with contextlib.suppress(FileNotFoundError):
-        for name in os.listdir(out / "videos"):
-            if found := re.fullmatch(r"\.hpcdit-.*-(\d+)-[0-9a-f]+\.part", name):
-                return int(found[1])
-    return None

@@ -1,4 +1,7 @@
-"""One round: a fault drawn from a seed, a run that meets it, and the same command once more."""
+"""Rounds: a fault drawn from a seed, and a run that meets it, in the folder of the round before; then one to the end.
+
+Each round adds videos to those that its chain has not done yet, and what its run leaves the next one goes on with.
+"""
 
 import contextlib
 import os
@@ -14,15 +17,14 @@ from pathlib import Path
 
 import numpy as np
 
-from hpcdit.guard import STANDS_S
-
 from . import checks
-from .faults import DISK, FAULTS, Expected, Moment, Scene, disk, mounted
+from .faults import DISK, FAULTS, Expected, Left, Moment, Scene, disk, mounted
 from .processes import Program, gone, kill_all
 
-VIDEOS = 4
+VIDEOS = 4  # that a round adds
 METHODS = ("torus", "tas", "usp", "ulysses", "ring")
 STALE_S = 3.0
+SHARED = 0.3  # of all chains
 SMALL = (
     "sampling.num_frames=5", "sampling.height=64", "sampling.width=64", "sampling.steps=4",
     "sampling.max_sequence_length=16", "model.compile=false", "output.compression=none",
@@ -47,9 +49,19 @@ class Campaign:
     pace: dict[str, float] = field(default_factory=dict)
     over: threading.Event = field(default_factory=threading.Event)
 
-    def words(self, layout: Sequence[str]) -> list[str]:
+    def prompts(self, rounds: int) -> Path:
+        """The file of what so many rounds of a chain ask for together."""
+        return self.folder / f"prompts-{rounds}.txt"
+
+    def write_prompts(self, most: int) -> None:
+        """For chains of up to so many rounds."""
+        for rounds in range(1, most + 1):
+            lines = (f"a red circle, number {n}\n" for n in range(rounds * VIDEOS))
+            self.prompts(rounds).write_text("".join(lines))
+
+    def words(self, layout: Sequence[str], rounds: int) -> list[str]:
         given = (
-            f"prompts={self.folder / 'prompts.txt'}",
+            f"prompts={self.prompts(rounds)}",
             f"output.dir={DISK}/out",
             f"transport.timeout_s={self.timeout_s}",
         )
@@ -70,8 +82,8 @@ class Round:
     layout: tuple[str, ...]
 
     @classmethod
-    def draw(cls, seed: int, kinds: Sequence[str], most: int) -> "Round":
-        """Kinds come by turns, all else at random. most: ranks."""
+    def draw(cls, seed: int, kinds: Sequence[str], most: int, shared: bool) -> "Round":
+        """Kinds come by turns, all else at random. most: ranks; shared: the folder, by two runs where they fit in."""
         drawn, name = random.Random(seed), kinds[seed % len(kinds)]
         fault = FAULTS[name]
         moment = Moment(drawn.choice(fault.at), drawn.random(), drawn.randrange(VIDEOS - 1))
@@ -84,13 +96,19 @@ class Round:
             f"parallel.method={drawn.choice(METHODS)}", f"trace.level={drawn.choice((0, 1, 2))}",
             f"checkpoint.seconds={drawn.choice(('null', 0))}",
         ]  # fmt: skip
-        runs = 2 if ranks <= most // 2 and not fault.alone and drawn.random() < 0.3 else 1
-        layout += ["queue.shared=true", f"queue.stale_s={STALE_S}"] * (runs > 1)
+        runs = 2 if shared and ranks <= most // 2 and not fault.alone else 1
+        layout += ["queue.shared=true", f"queue.stale_s={STALE_S}"] * shared
         return cls(seed, name, moment, ranks, runs, fault.launcher, drawn.randrange(ranks), tuple(layout))
 
     def __str__(self) -> str:
         shape = "  ".join(word.partition(".")[2] for word in (*self.layout[:4], self.layout[5]))
         return f"{self.ranks} ranks{f' x {self.runs} runs' * (self.runs > 1)}  {shape}"
+
+
+def chain(seeds: Sequence[int], kinds: Sequence[str], most: int) -> list[Round]:
+    """The rounds of these seeds, to be played in one folder."""
+    shared = random.Random(f"chain {seeds[0]}").random() < SHARED
+    return [Round.draw(seed, kinds, most, shared) for seed in seeds]
 
 
 def _divisors(number: int) -> list[int]:
@@ -111,51 +129,55 @@ class Outcome:
     wrong: list[str] = field(default_factory=list)
 
 
-def play(campaign: Campaign, drawn: Round) -> Outcome:
-    """The round in a folder of its own, that stays if anything is wrong."""
-    outcome, folder = Outcome(drawn), campaign.folder / f"round-{drawn.seed}"
-    mark = f"{os.getpid()}.{drawn.seed}"
+def play(campaign: Campaign, rounds: Sequence[Round]) -> list[Outcome]:
+    """A chain of rounds in a folder of its own, that stays if anything is wrong; one that is ends the chain."""
+    outcomes, folder = list[Outcome](), campaign.folder / f"round-{rounds[0].seed}"
+    mark = f"{os.getpid()}.{rounds[0].seed}"
     folder.mkdir()
     with ExitStack() as stack:
-        stack.enter_context(disk(folder, FAULTS[drawn.fault].disk))
+        stack.enter_context(disk(folder, any(FAULTS[one.fault].disk for one in rounds)))
         stack.callback(kill_all, mark)
         with contextlib.suppress(TimeoutError):
-            _fault(campaign, outcome, folder, mark)
-            _resume(campaign, outcome, folder, mark)
-        if outcome.wrong and mounted(folder / DISK):  # what is to be looked at would go with the disk
+            for one in rounds:
+                outcomes.append(Outcome(one))
+                _fault(campaign, outcomes, folder, mark)
+                if outcomes[-1].wrong:
+                    break
+            else:
+                _resume(campaign, outcomes, folder, mark)
+        if outcomes[-1].wrong and mounted(folder / DISK):  # what is to be looked at would go with the disk
             shutil.copytree(folder / DISK, folder / "kept")
-    return outcome
+    return outcomes
 
 
-def _start(campaign: Campaign, drawn: Round, folder: Path, mark: str, name: str) -> list[Program]:
+def _start(campaign: Campaign, outcomes: Sequence[Outcome], folder: Path, mark: str, name: str) -> list[Program]:
+    """The runs of the last round."""
     if campaign.over.is_set():
         raise TimeoutError
-    words = campaign.words(drawn.layout)
-    return [
-        Program(words, drawn.ranks, drawn.launcher, folder, f"{mark}.{run}", folder / f"{name}-{run}.txt")
-        for run in range(drawn.runs)
-    ]
+    drawn, words = outcomes[-1].round, campaign.words(outcomes[-1].round.layout, len(outcomes))
+    said = [folder / f"{drawn.seed}-{name}-{run}.txt" for run in range(drawn.runs)]
+    return [Program(words, drawn.ranks, drawn.launcher, folder, f"{mark}.{run}", file) for run, file in enumerate(said)]
 
 
-def _fault(campaign: Campaign, outcome: Outcome, folder: Path, mark: str) -> None:
+def _fault(campaign: Campaign, outcomes: Sequence[Outcome], folder: Path, mark: str) -> None:
+    outcome, out = outcomes[-1], folder / DISK / "out"
     drawn, fault = outcome.round, FAULTS[outcome.round.fault]
-    hit, *others = _start(campaign, drawn, folder, mark, "fault")
-    scene = Scene(folder, hit, drawn.rank, drawn.ranks * drawn.runs)
+    left, there = Left.by(out), checks.hashes(out)
+    hit, *others = _start(campaign, outcomes, folder, mark, "fault")
+    scene = Scene(folder, hit, drawn.rank, drawn.ranks * drawn.runs, left, VIDEOS * len(outcomes))
     deadline = time.monotonic() + campaign.deadline_s
-    if not drawn.moment.come(scene, VIDEOS, campaign.pace, deadline):
+    if not drawn.moment.come(scene, campaign.pace, deadline):
         _end(outcome, hit, campaign.deadline_s, Expected((0,)), "the run")
         for other in others:
             _end(outcome, other, campaign.deadline_s, Expected((0,)), "a run beside it")
+        outcome.wrong += checks.unchanged(there, out) + checks.whole(out, campaign.expected)
         return
-    before = checks.hashes(scene.out)
+    before = checks.hashes(out)
     outcome.done = len(before)
     began = time.monotonic()
     expected = fault.hit(scene)
     late = drawn.moment.name == "end"
-    noticed_s = max(
-        campaign.timeout_s, STANDS_S if late else 0
-    )  # the other ranks may have ended, guards see to it then
-    limit = campaign.deadline_s if fault.slow else noticed_s + SLACK_S
+    limit = campaign.deadline_s if fault.slow else campaign.timeout_s + SLACK_S
     try:
         _end(outcome, hit, limit, expected, "the run", late)
     finally:
@@ -163,7 +185,7 @@ def _fault(campaign: Campaign, outcome: Outcome, folder: Path, mark: str) -> Non
     for other in others:
         _end(outcome, other, campaign.deadline_s, expected if fault.others else Expected((0,)), "a run beside it")
     fault.undo(scene)
-    outcome.wrong += checks.unchanged(before, scene.out) + checks.whole(scene.out, campaign.expected)
+    outcome.wrong += checks.unchanged({**there, **before}, out) + checks.whole(out, campaign.expected)
 
 
 def _end(outcome: Outcome, run: Program, within_s: float, expected: Expected, who: str, late: bool = False) -> None:
@@ -183,13 +205,16 @@ def _end(outcome: Outcome, run: Program, within_s: float, expected: Expected, wh
         outcome.wrong.append(f"{who} did not say {expected.says!r}")
 
 
-def _resume(campaign: Campaign, outcome: Outcome, folder: Path, mark: str) -> None:
-    out = folder / DISK / "out"
+def _resume(campaign: Campaign, outcomes: Sequence[Outcome], folder: Path, mark: str) -> None:
+    """The last round's command once more, to the end of all that the chain has asked for."""
+    out, last = folder / DISK / "out", outcomes[-1]
     before = checks.hashes(out)
-    for run in _start(campaign, outcome.round, folder, mark, "resume"):
-        _end(outcome, run, campaign.deadline_s, Expected((0,)), "the resumed run")
-    if outcome.code is not None and not out.exists():
-        outcome.wrong.append("the resumed run made no output folder")
+    for run in _start(campaign, outcomes, folder, mark, "resume"):
+        _end(last, run, campaign.deadline_s, Expected((0,)), "the resumed run")
+    if last.code is not None and not out.exists():
+        last.wrong.append("the resumed run made no output folder")
         return
-    outcome.wrong += checks.unchanged(before, out) + checks.whole(out, campaign.expected)
-    outcome.wrong += checks.complete(out, campaign.expected, len(before) == VIDEOS)
+    last.wrong += checks.unchanged(before, out) + checks.whole(out, campaign.expected)
+    videos = VIDEOS * len(outcomes)
+    expected = dict(sorted(campaign.expected.items())[:videos])
+    last.wrong += checks.complete(out, expected, len(before) == videos)
