@@ -72,7 +72,7 @@ TINY = {
                    "max_sequence_length": 20},
 }  # fmt: skip
 BOTH = {"usual": 0.5, "wide": 0.5}
-SIZES = {"vae_pictures": {"picture": 1.0}, "vae_clips": BOTH, "text": BOTH, "text_long": {"usual": 1.0}, "image": BOTH}
+SIZES = {"vae_pictures": {"picture": 1.0}, "vae_clips": BOTH, "text": BOTH, "image": BOTH}
 
 
 def tiny(out: Path, steps: int = 6, **changes: Any) -> Settings:
@@ -149,7 +149,7 @@ def test_two_ranks_learn_what_one_does(run: Settings, tmp_path: Path) -> None:
     alone, both = (list(csv.DictReader((of.folder / "curve.csv").open())) for of in (run, made))
     losses = [[(row["stage"], row["step"], float(row["value"])) for row in of if row["name"] == "loss"]
               for of in (alone, both)]  # fmt: skip
-    assert len(losses[0]) == 15 and [row[:2] for row in losses[0]] == [row[:2] for row in losses[1]]
+    assert len(losses[0]) == 12 and [row[:2] for row in losses[0]] == [row[:2] for row in losses[1]]
     assert [row[2] for row in losses[1]] == pytest.approx([row[2] for row in losses[0]], rel=2e-3)
     for name in made.stages:
         wanted, found = (load_file(of.folder / f"{name}.safetensors") for of in (run, made))
@@ -171,11 +171,11 @@ def test_stages_begin_with_what_the_one_before_learned_and_learn(run: Settings) 
     weights = [key for key in clips if key.startswith("average/") and "encoder.conv_in.weight" in key]
     near = (clips[weights[0]] - pictures[weights[0]]).abs().mean()
     assert 0 < float(near) < 0.1 * float(pictures[weights[0]].abs().mean())
-    text, long = (load_file(run.folder / f"{name}.safetensors") for name in ("text", "text_long"))
+    text, image = (load_file(run.folder / f"{name}.safetensors") for name in ("text", "image"))
     frozen = [key for key in text if key.startswith("average/text_encoder.")]
-    assert frozen and all(torch.equal(text[key], long[key]) for key in frozen)
+    assert frozen and all(torch.equal(text[key], image[key]) for key in frozen)
     moved = [key for key in text if key.startswith("average/transformer.blocks") and key.endswith("weight")]
-    assert moved and not any(torch.equal(text[key], long[key]) for key in moved)
+    assert moved and not any(torch.equal(text[key], image[key]) for key in moved)
 
 
 def test_the_curve_has_losses_rates_and_figures(run: Settings) -> None:
@@ -183,9 +183,9 @@ def test_the_curve_has_losses_rates_and_figures(run: Settings) -> None:
         rows = list(csv.DictReader(file))
     kinds = {stage: {row["name"] for row in rows if row["stage"] == stage} for stage in run.stages}
     assert kinds["vae_clips"] == {"loss", "lr", "psnr", "psnr_worst"}
-    assert {"1.shape", "1.all", "bfloat16.1.all"} <= kinds["text_long"]
+    assert {"1.shape", "1.all", "bfloat16.1.all"} <= kinds["text"]
     assert {"all", "first_frame_psnr"} <= kinds["image"]
-    rates = [float(row["value"]) for row in rows if row["stage"] == "text_long" and row["name"] == "lr"]
+    rates = [float(row["value"]) for row in rows if row["stage"] == "text" and row["name"] == "lr"]
     assert rates == sorted(rates, reverse=True) and rates[-1] == pytest.approx(1e-5)
 
 
@@ -209,7 +209,7 @@ def test_the_exported_folders_are_what_hpcdit_and_diffusers_load(run: Settings, 
         for value in load_file(tmp_path / "text" / "transformer" / "diffusion_pytorch_model.safetensors").values()
     } == {torch.float16}
     text = (tmp_path / "text" / "README.md").read_text()
-    assert "| text_long | text | 6 of 6 | 3 | 0.001 to 1e-05 | 5x32x32 |" in text and "Seed 7." in text
+    assert "| text | text | 6 of 6 | 3 | 0.0012 to 1e-05 | 5x32x32, 5x32x48 |" in text and "Seed 7." in text
     assert "- vae_clips: psnr " in text and "image" not in text.split("Figures")[1]
 
     export.export(run, tmp_path / "image", "image")

@@ -78,7 +78,10 @@ class Bank:
         """Latents [B, z, t, h, w], what a pipeline gives beside them [B, 0 or 4 + z, t, h, w], and scenes [B]."""
         if step // self._steps != self._made:
             self._made = step // self._steps
+            # Trying out kernels for every size takes longer than all that these few batches could save.
+            benchmark, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False
             self._latents = {size: self._fill(size) for size in self._sizes}
+            torch.backends.cudnn.benchmark = benchmark
         latents, images, which = self._latents[size]
         rows = torch.randint(len(which), (count,), device=which.device, generator=generator)
         x = latents[rows].float()
@@ -93,6 +96,8 @@ class Bank:
         share = self._sizes[size] / sum(self._sizes.values())
         count = max(round(self._clips * share), 1)
         batch = min(max(1, _PIXELS // size.pixels), count)
+        if batch < self._ranks.size:
+            raise ValueError(f"bank.clips: {count} clips of {size}; allowed: one or more for every rank")
         which = self._scenes.draw(-(-count // batch) * batch, source)  # batches of one size: kernels are chosen once
         mine, latents, images = self._ranks.rows(batch), [], []
         for rows in which.split(batch):
