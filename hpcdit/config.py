@@ -32,8 +32,8 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Model:
-    """`path` None: the demo model; `lora`: file and scale; `sampling`: its own defaults; `shape`: the fields of
-    ModelShape."""
+    """`path` None: the demo model; `layers`: where they lie; `lora`: file and scale; `sampling`: its own defaults;
+    `shape`: the fields of ModelShape."""
 
     name: str
     path: str | None
@@ -41,6 +41,7 @@ class Model:
     device: str
     compile: bool
     graph: bool
+    layers: str
     lora: list[Any] | None
     sampling: dict[str, Any]
     shape: dict[str, Any] | None

@@ -147,6 +147,7 @@ RULES: Mapping[str, Rule] = {
     "model.device": _choice("auto", "cpu", "cuda"),
     "model.compile": _flag(),
     "model.graph": _flag(),
+    "model.layers": _choice("resident", "sharded", "host"),
     "model.lora": _lora(),
     **{f"model.sampling.{key}": rule for key, rule in _sampling(null="its family's default").items()},
     "model.shape.layers": _integer(1, 10_000),

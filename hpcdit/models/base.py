@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from ..kernels.base import Norm, Tables
     from ..spans import Spans
     from ..transport.base import Traffic
+    from .layers import Layers, Shelf
     from .loading import ModelFolder, ModelShape
 
 
@@ -118,6 +119,11 @@ class Adapter(ABC):
     """
 
     shape: "ModelShape"
+    layers: "Layers | None"
+
+    @abstractmethod
+    def bring_layers(self, shelf: "Shelf") -> None:
+        """Has a model that was loaded with `apart` compute with layers that all ranks have put on `shelf`."""
 
     @property
     @abstractmethod
@@ -133,11 +139,13 @@ class Adapter(ABC):
         device: "device | None" = None,
         compiled: bool = False,
         graph: bool = False,
+        apart: bool = False,
     ) -> Self:
         """Loads all parts of a checked folder.
 
         dtype: name of the torch type to compute in; device: to compute on, the CPU where left out. On a GPU, compiled:
-        blocks by torch.compile; graph: passes replayed as CUDA graphs.
+        blocks by torch.compile; graph: passes replayed as CUDA graphs. apart: the transformers'
+        layers stay where they were loaded until `bring_layers`.
         """
 
     @abstractmethod

@@ -128,6 +128,10 @@ class Family(ABC):
             **self.sizes(folder),
         )
 
+    def layer_lists(self) -> list[str]:
+        """What a transformer calls its lists of layers, in the order in which they compute."""
+        return list(dict.fromkeys(name.partition(".{}")[0] for name in self.layers.values()))
+
     @abstractmethod
     def sizes(self, folder: "ModelFolder") -> dict[str, Any]:
         """Those that families have under names of their own: all others of ModelShape."""

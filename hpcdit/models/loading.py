@@ -6,6 +6,7 @@ headers say, and the configurations fit each other.
 """
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,9 +15,10 @@ from typing import Any
 from hpcdit.errors import InputError
 from hpcdit.models import configs
 from hpcdit.models.families import families
-from hpcdit.models.family import Component
+from hpcdit.models.family import Component, Family
 from hpcdit.models.weights import Weights, find, fingerprint, read_json
 
+TRANSFORMERS = "transformer", "transformer_2"  # in the order in which they work
 TOKENIZER = "tokenizer_config.json"
 FORMAT = "a checkpoint folder in diffusers' format"
 
@@ -33,7 +35,8 @@ class ModelShape:
     max_sequence_length that the model takes, 0 where it is free; only: the only height and width, where they are not
     free; most: the largest, where each has a table of its own; before: latent frames that are denoised before those of
     the video, to make whole patches. classifier_free: whether guidance takes two predictions. weights, vae_weights:
-    numbers in all that is loaded but the VAE, and in the VAE, which stays in float32; 0 where there is no checkpoint.
+    numbers in all that is loaded but the VAE, and in the VAE, which stays in float32; layer_weights, largest_layer: in
+    all layers of the transformers, and in the largest; 0 where there is no checkpoint.
     """
 
     layers: int
@@ -56,6 +59,8 @@ class ModelShape:
     classifier_free: bool = True
     weights: int = field(default=0, compare=False)
     vae_weights: int = field(default=0, compare=False)
+    layer_weights: int = field(default=0, compare=False)
+    largest_layer: int = field(default=0, compare=False)
 
     def latents(self, num_frames: int, height: int, width: int) -> tuple[int, int, int, int]:
         """The latents' shape (channels, frames, rows, columns) for a video of a legal size."""
@@ -105,7 +110,8 @@ class ModelFolder:
     """A checked checkpoint.
 
     pipeline: the class in model_index.json, and `index` what that file says; parts: the components' configurations
-    with diffusers' defaults filled in. weights: numbers in each part that has some; files: bytes of each file that
+    with diffusers' defaults filled in. weights: numbers in each part that has some; layers: in each layer of its
+    transformers, one after the other; files: bytes of each file that
     counts, by its name relative to `path`; fingerprint: of their content, see `weights.fingerprint`.
     """
 
@@ -115,6 +121,7 @@ class ModelFolder:
     index: dict[str, Any]
     parts: dict[str, dict[str, Any]]
     weights: dict[str, int]
+    layers: list[int]
     files: dict[str, int]
     fingerprint: str
 
@@ -145,7 +152,14 @@ def shape(folder: ModelFolder) -> ModelShape:
     weights, family = dict(folder.weights), families()[folder.family]
     vae = weights.pop("vae")
     found = family.shape(folder)
-    return replace(found, classifier_free=family.classifier_free, weights=sum(weights.values()), vae_weights=vae)
+    return replace(
+        found,
+        classifier_free=family.classifier_free,
+        weights=sum(weights.values()),
+        vae_weights=vae,
+        layer_weights=sum(folder.layers),
+        largest_layer=max(folder.layers, default=0),
+    )
 
 
 def _inspect(folder: Path) -> ModelFolder:
@@ -177,6 +191,7 @@ def _inspect(folder: Path) -> ModelFolder:
         index=index.values,
         parts={part: config.values for part, config in parts.items()},
         weights={part: sum(map(math.prod, found.tensors.values())) for part, found in weights.items()},
+        layers=[n for part, found in weights.items() if part in TRANSFORMERS for n in _layers(family, found)],
         files={file.relative_to(folder).as_posix(): file.stat().st_size for file in files},
         fingerprint=digest,
     )
@@ -206,6 +221,16 @@ def _plain(name: str, component: Component) -> str:
     if component.library == "diffusers":
         return name
     return ".".join(part for part in name.split(".") if part not in ("model", "language_model"))
+
+
+def _layers(family: Family, weights: Weights) -> list[int]:
+    """Numbers in each layer of a transformer."""
+    lists, counts = family.layer_lists(), Counter[tuple[int, int]]()
+    for name, size in weights.tensors.items():
+        kind, _, rest = name.partition(".")
+        if kind in lists:
+            counts[lists.index(kind), int(rest.partition(".")[0])] += math.prod(size)
+    return [counts[layer] for layer in sorted(counts)]
 
 
 def _weights(folder: Path, part: str, component: Component) -> Weights:

@@ -20,6 +20,7 @@ from .encodings import Encodings
 from .families import families
 from .graphs import Passes
 from .guidance import Guidance
+from .layers import Layers, Shelf
 from .loading import ModelFolder, check_loaded, shape
 from .resume import resumed, state
 from .rows import cuttable
@@ -27,7 +28,8 @@ from .split import Split
 
 
 class PipelineAdapter(Adapter):
-    def __init__(self, pipe: Any, folder: ModelFolder, graph: bool = False) -> None:
+    def __init__(self, pipe: Any, folder: ModelFolder, graph: bool = False, layers: Layers | None = None) -> None:
+        self.layers = layers
         self.shape, self._family = shape(folder), families()[folder.family]
         self._pipe = pipe
         self._family.prepare(pipe)
@@ -49,6 +51,7 @@ class PipelineAdapter(Adapter):
         device: torch.device | None = None,
         compiled: bool = False,
         graph: bool = False,
+        apart: bool = False,
     ) -> Self:
         for library in (diffusers, transformers):  # n ranks would print n progress bars
             library.utils.logging.set_verbosity_error()
@@ -66,13 +69,23 @@ class PipelineAdapter(Adapter):
             tensors = getattr(pipe, part).state_dict(keep_vars=True)
             check_loaded(folder, part, {name: tensor.data_ptr() for name, tensor in tensors.items()})
         pipe.set_progress_bar_config(disable=True)
+        layers = Layers(blocks_of(pipe, folder.family)) if apart else None
         cuda = device is not None and device.type == "cuda"
         if cuda:
             pipe.to(device)
             if compiled:
                 for transformer in transformers_of(pipe):
                     families()[folder.family].compile(transformer)
-        return cls(pipe, folder, graph and cuda)
+        return cls(pipe, folder, graph and cuda, layers)
+
+    def bring_layers(self, shelf: Shelf) -> None:
+        """Has the model compute with layers that lie on `shelf`; it was loaded without them, and all ranks have put."""
+        assert self.layers is not None
+        self.layers.start(shelf, self._pipe.device)
+        for transformer in transformers_of(self._pipe):
+            for parameter in transformer.parameters():  # which may be the last that lie in a file in memory
+                if not parameter.is_cuda and not self.layers.has(parameter):
+                    parameter.data = parameter.data.clone()
 
     @property
     def by_rows(self) -> bool:
@@ -168,6 +181,12 @@ class PipelineAdapter(Adapter):
         if not np.isfinite(frames).all():
             raise VideoError("the decoded frames hold values that are not numbers")
         return (frames * 255).round().astype(np.uint8)
+
+
+def blocks_of(pipe: Any, family: str) -> list[list[Any]]:
+    """Of each transformer its layers in the order in which they compute."""
+    lists = families()[family].layer_lists()
+    return [[b for name in lists for b in transformer.get_submodule(name)] for transformer in transformers_of(pipe)]
 
 
 def transformers_of(pipe: Any) -> list[Any]:

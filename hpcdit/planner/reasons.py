@@ -71,6 +71,8 @@ def too_large(work: Workload, costs: Costs, ranks: int, least: int) -> InputErro
         helps.append(f"fewer frames or pixels ({share} % of the {work.tokens} tokens would fit)")
     if work.itemsize > 2 and _leanest(replace(work, itemsize=2), ranks) <= memory:
         helps.append("model.dtype=bfloat16")
+    if work.shelves == 1 and _leanest(replace(work, shelves=0), ranks) <= memory:
+        helps.append("model.layers=host, or sharded over a node's ranks")
     if not helps:
         helps.append("ranks with more memory, or a smaller model")
     weights = f", {size(work.weights_bytes)} of them weights"

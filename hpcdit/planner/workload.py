@@ -21,6 +21,8 @@ class Workload:
     tokens: of one video; batch: videos that are computed together; text_tokens: that each layer attends beside;
     latents: elements of one noise prediction; out_channels: of a token after the last layer; itemsize: bytes of an
     element. weights: elements of all that is loaded beside it, 0 for the layers' alone; float_weights: in float32.
+    layer_weights, largest_layer: elements of all layers and of the largest, 0: as the other numbers have it. shelves:
+    ranks that hold the layers together, each some; 0: they are in memory that is not the ranks' own.
     """
 
     tokens: int
@@ -38,6 +40,9 @@ class Workload:
     batch: int = 1
     weights: int = 0
     float_weights: int = 0
+    layer_weights: int = 0
+    largest_layer: int = 0
+    shelves: int = 1
 
     @property
     def width(self) -> int:
@@ -45,9 +50,17 @@ class Workload:
 
     @property
     def weights_bytes(self) -> int:
-        """Which every rank holds whole; of the transformer's layers at least, two attentions and two products each."""
-        layers = self.layers * (8 * self.width**2 + 2 * self.width * self.ffn_dim)
-        return max(self.weights, layers) * self.itemsize + 4 * self.float_weights
+        """Which every rank holds; of the transformer's layers at least, two attentions and two products each.
+
+        Of layers that are not its own, the one that computes and the one that comes.
+        """
+        each = 8 * self.width**2 + 2 * self.width * self.ffn_dim
+        held = max(self.weights, self.layers * each)
+        if self.shelves != 1:
+            whole, largest = self.layer_weights or self.layers * each, self.largest_layer or each
+            own = whole // self.shelves + largest if self.shelves else 0
+            held = min(held, held - whole + own + 2 * largest)
+        return held * self.itemsize + 4 * self.float_weights
 
     def rest_s(self, ranks: int, costs: Costs) -> float:
         """Seconds of a layer beside self-attention, on the busiest of `ranks` ranks that share a video."""

@@ -1,5 +1,6 @@
 """mode=plan: what a batch would be rendered with, on any cluster, without MPI and without a checkpoint."""
 
+from collections import Counter
 from collections.abc import Sequence
 from math import prod
 from pathlib import Path
@@ -29,7 +30,19 @@ def fixed(parallel: Parallel) -> Fixed:
     return Fixed(p.method, p.replicas, p.cfg, p.ulysses, p.ring, p.pieces, p.groups)
 
 
-def workload(model: ModelShape, sampling: Sequence[Sampling], dtype: str, batch: int | None = None) -> Workload:
+def shelves(layers: str, nodes: Sequence[int], cuda: bool) -> int:
+    """How many ranks hold the layers together, where `model.layers` says so and ranks lie on `nodes`; 0: a host does.
+
+    cuda: the host's memory is not that of the devices.
+    """
+    if layers == "resident":
+        return 1
+    return 0 if layers == "host" and cuda else min(Counter(nodes).values())
+
+
+def workload(
+    model: ModelShape, sampling: Sequence[Sampling], dtype: str, batch: int | None = None, shelves: int = 1
+) -> Workload:
     """The videos of a batch as one workload: all as large as the largest, and guided if one is."""
 
     def length(s: Sampling) -> int:
@@ -53,6 +66,9 @@ def workload(model: ModelShape, sampling: Sequence[Sampling], dtype: str, batch:
         batch=batch or 1,
         weights=model.weights,
         float_weights=model.vae_weights,
+        layer_weights=model.layer_weights,
+        largest_layer=model.largest_layer,
+        shelves=shelves,
     )
 
 
@@ -80,11 +96,12 @@ def report(config: Config) -> str:
     model.legal(defaults.num_frames, defaults.height, defaults.width)
     if config.plan.videos:
         sampling = (sampling * config.plan.videos)[: config.plan.videos]
-    work = workload(model, sampling, config.model.dtype, config.parallel.batch)
     keys, whose = planned_costs(config)
     costs = to_costs(keys)
     count, per_node = config.cluster.nodes or 1, config.cluster.ranks_per_node or 1
     nodes = [rank // per_node for rank in range(count * per_node)]
+    held = shelves(config.model.layers, nodes, cuda=config.model.device != "cpu")
+    work = workload(model, sampling, config.model.dtype, config.parallel.batch, held)
     best = plan_batch(work, nodes, costs, fixed(config.parallel))
     return "\n".join([_head(config, work, count, per_node, whose), *_chosen(best, work, costs, nodes)])
 

@@ -34,14 +34,14 @@ from .checkpoints import Checkpoints
 from .decoding import RowDecoder, row_decoder
 from .engine import Engine
 from .groups import Groups, Halves
-from .plan import workload
+from .plan import shelves, workload
 from .planner import Planner
 from .progress import Report, clock, open_log
 from .provenance import Provenance, priced
 from .queue import Queue, batches
 from .sources import Listed, Shared, Source, told
 from .stages import Finisher
-from .weights import load_model
+from .weights import load_model, on_heap, shelve
 
 OK, FAILED = 0, 3
 
@@ -92,10 +92,13 @@ def _render(
     trace = Trace(world.rank, config.trace.level, world.clock_offset() - zero)
     device = bind(config.model.device, world, exact=config.model.dtype == "float32")
     trace.ranges = device.clock
-    work = workload(batch.shape, [job.sampling for job in batch.todo], config.model.dtype, config.parallel.batch)
+    m, sampling = config.model, [job.sampling for job in batch.todo]
+    held = shelves(m.layers, cluster.nodes, device.cuda)
+    work = workload(batch.shape, sampling, m.dtype, config.parallel.batch, held)
     with trace.span("plan", "inter"):
         t, say = config.transport, report.log.warning if report else lambda text: None
-        network = Network(world, device, t.kind, t.inter, max(work.symmetric_bytes(), HEAP_BYTES), say)
+        heap = max(work.symmetric_bytes(), HEAP_BYTES) + on_heap(batch.folder, m, held)
+        network = Network(world, device, t.kind, t.inter, heap, say)
         planner = Planner.measured(config, cluster, network.transport(cluster), device, work, batch.shape.head_dim)
     plan = planner.batch
     groups = Groups.cut(world, cluster, plan.replicas, plan.cfg)
@@ -105,12 +108,13 @@ def _render(
     device.forget_peak()  # which was that of what measures
     before = 0 if device.cuda else device.peak_bytes()
     with trace.span("load", "io"):
-        load, m = PipelineAdapter.load, config.model
-        graph = m.graph and transport.streams and not families()[batch.folder.family].masked
+        load, apart = PipelineAdapter.load, m.layers != "resident"
+        graph = m.graph and transport.streams and not families()[batch.folder.family].masked and not apart
+        options = m.dtype, device.torch, m.compile, graph, apart
         try:
-            adapter = load_model(
-                world, batch.folder, m, stop, lambda folder: load(folder, m.dtype, device.torch, m.compile, graph)
-            )
+            adapter = load_model(world, batch.folder, m, stop, lambda folder: load(folder, *options))
+            if apart:
+                shelve(cluster, adapter, network, m.layers, stop)
         except (InputError, Stopped):  # by all ranks together
             _close(None, halves, groups, network)
             raise

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from ..cluster import World
+from ..cluster import Cluster, World
 from ..config import Model
 from ..models import pipeline_of
 from ..models.base import Adapter
@@ -15,6 +15,9 @@ from ..models.loading import ModelFolder
 from ..models.lora import Lora
 from ..models.staging import readable, staged, told_of
 from ..stop import StopRequest
+from ..transport import Network
+from ..transport.shelf import room
+from .plan import itemsize
 
 
 def load_model(
@@ -44,3 +47,24 @@ def load_model(
         place = Path(world.broadcast([path.decode() for path in every], what)[leader])
         with told_of(place, folder.path):
             return world.together(lambda: stop.leave(lambda: load_from(place)), what)
+
+
+def on_heap(folder: ModelFolder, model: Model, held: int) -> int:
+    """Bytes of a GPU's symmetric memory for layers that `held` ranks hold together: somewhat more than they will take,
+    since a model keeps some numbers in float32 whatever the rest is in."""
+    if model.layers != "sharded":
+        return 0
+    return room([int(n * itemsize(model.dtype) * 1.02) + (1 << 18) for n in folder.layers], held)
+
+
+def shelve(cluster: Cluster, adapter: Adapter, network: Network, place: str, stop: StopRequest) -> None:
+    """Puts the layers where `model.layers` says; collective over the world, of which `cluster` has the nodes.
+
+    Raises InputError or Stopped on all ranks where one of them does.
+    """
+    layers, what = adapter.layers, "the layers"
+    assert layers is not None
+    shelf = network.shelf(cluster, layers.sizes, place)
+    cluster.world.together(lambda: stop.leave(lambda: layers.put(shelf)), what)
+    shelf.filled()
+    adapter.bring_layers(shelf)

@@ -1,6 +1,6 @@
 """One-sided communication between ranks: by NVSHMEM between GPUs, by MPI between hosts."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from ..device import Device
@@ -10,6 +10,7 @@ from .local import LocalTransport
 
 if TYPE_CHECKING:
     from ..cluster import Cluster, World
+    from .shelf import Shelf
 
 
 class Network:
@@ -24,6 +25,7 @@ class Network:
         inter: see MpiTransport; heap_bytes: of symmetric memory. Raises InputError on all ranks.
         """
         self.device, self.inter, self._nvshmem = device, inter, False
+        self._shelves = list["Shelf"]()
         if kind == "nvshmem" and not device.cuda:
             raise InputError("transport.kind=nvshmem: there is no GPU for each rank; allowed: auto or mpi")
         if world.size > 1 and device.cuda and kind != "mpi":
@@ -49,6 +51,21 @@ class Network:
 
         return cluster.world.together(lambda: MpiTransport(cluster, self.inter), "the links")
 
+    def shelf(self, cluster: "Cluster", sizes: Sequence[int], place: str) -> "Shelf":
+        """For layers of so many bytes each, which the ranks of each node hold together. Collective over the world.
+
+        place: sharded, on the devices, or host. Raises InputError on all ranks.
+        """
+        from .shelf import DeviceShelf, HostShelf
+
+        if place == "sharded" and self.device.cuda and cluster.world.size > 1:
+            if self._nvshmem:
+                self._shelves.append(DeviceShelf(cluster, sizes))
+                return self._shelves[-1]
+            raise InputError("model.layers=sharded: between GPUs that takes NVSHMEM, see run.log; allowed: host")
+        self._shelves.append(HostShelf(cluster, sizes, self.device.torch))
+        return self._shelves[-1]
+
     def peak_bytes(self) -> int:
         """Symmetric memory of this process's device that was in use at the same time, at most."""
         if not self._nvshmem:
@@ -59,6 +76,8 @@ class Network:
 
     def close(self) -> None:
         """Collective over the world."""
+        while self._shelves:
+            self._shelves.pop().close()
         if self._nvshmem:
             from .heap import finish
 

@@ -4,7 +4,7 @@ import importlib
 import math
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import numpy as np
@@ -78,7 +78,7 @@ class Heap:
         neither needs an SM: a signal that a kernel sets has to wait until attention leaves it one.
         """
         if pe in self._near:
-            self._copy(self.nvshmem.ptr(target, pe), source, nbytes, stream)
+            self.copy(self.nvshmem.ptr(target, pe), source, nbytes, stream)
             self.signal(signal, pe, stream)
         elif nbytes:
             self.nvshmem.putmem_signal_on_stream(target, source, nbytes, signal, 1, self.set, pe, stream)
@@ -92,7 +92,7 @@ class Heap:
         elif self.front_end:
             self.front_end.write(self.nvshmem.ptr(signal, pe), stream)
         else:
-            self._copy(self.nvshmem.ptr(signal, pe), self._one.data_ptr(), 8, stream)
+            self.copy(self.nvshmem.ptr(signal, pe), self._one.data_ptr(), 8, stream)
 
     def wait(self, signal: int, pe: int, stream: int) -> None:
         """`stream` goes on when the own signal at that address, which `pe` sets, is 1."""
@@ -101,7 +101,16 @@ class Heap:
         else:
             self.nvshmem.signal_wait_until_on_stream(signal, self.reached, 1, stream)
 
-    def _copy(self, target: int, source: int, nbytes: int, stream: int) -> None:
+    def near(self, pes: Iterable[int]) -> bool:
+        """Whether this GPU addresses the memory of all `pes`."""
+        return set(pes) <= set(self._near)
+
+    def address(self, own: int, pe: int) -> int:
+        """Where a near PE has what this one has at the address `own`."""
+        return own if pe == self.world.rank else int(self.nvshmem.ptr(own, pe))
+
+    def copy(self, target: int, source: int, nbytes: int, stream: int) -> None:
+        """Between any memories that this GPU addresses, in the order of `stream`."""
         if nbytes:
             kind = self._runtime.cudaMemcpyKind.cudaMemcpyDefault
             checked(self._runtime.cudaMemcpyAsync(target, source, nbytes, kind, stream))

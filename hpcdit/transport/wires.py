@@ -107,6 +107,10 @@ class Memory:
             return None
         return array(self._shared.Shared_query(rank - self._first)[0])
 
+    def get(self, into: np.ndarray, rank: int, at: int) -> MPI.Request:
+        """Begins to copy bytes of `rank`, of this node, from `at` on."""
+        return self._shared.Rget([into, MPI.BYTE], rank - self._first, [at, into.nbytes, MPI.BYTE])
+
     def sync(self) -> None:
         """A memory barrier, before a signal is given and after it was seen."""
         self._shared.Sync()

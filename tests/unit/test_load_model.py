@@ -47,6 +47,17 @@ def test_a_rank_that_cannot_read_the_first_one_s_weights_makes_its_own(there: bo
         return None  # type: ignore[return-value]
 
     world: Any = Second(place)
-    model = Model("demo", None, "bfloat16", "cpu", compile=False, graph=False, lora=None, sampling={}, shape=None)
+    model = Model(
+        "demo",
+        None,
+        "bfloat16",
+        "cpu",
+        compile=False,
+        graph=False,
+        layers="resident",
+        lora=None,
+        sampling={},
+        shape=None,
+    )
     load_model(world, folder, model, StopRequest(), load)
     assert len(seen) == 1 and (seen[0] == place) == there

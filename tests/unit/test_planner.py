@@ -264,7 +264,8 @@ def test_a_plan_that_does_not_fit_into_memory_is_not_taken() -> None:
         (WAN_14B, 1, 38, ["cluster.costs.memory_gb=38: no layout fits", "39.5", "28.1 GB of them weights", "2 ranks"]),
         (WAN_14B, 2, 32, ["8 ranks", "or fewer frames or pixels (50 % of the 75600 tokens would fit)"]),
         (replace(WAN_14B, itemsize=4), 8, 40, ["model.dtype=bfloat16"]),
-        (WAN_14B, 8, 20, ["ranks with more memory, or a smaller model"]),
+        (WAN_14B, 8, 20, ["allowed: model.layers=host, or sharded over a node's ranks"]),
+        (WAN_14B, 8, 2, ["ranks with more memory, or a smaller model"]),
     ],
 )
 def test_a_batch_that_fits_nowhere_is_refused_with_what_would_help(
