@@ -1,6 +1,7 @@
 """Every model family under mpirun: all in one start."""
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from hpcdit.kernels import cpu
 from hpcdit.models.loading import inspect
 from hpcdit.models.pipeline import PipelineAdapter
 from hpcdit.render.engine import stack
-from hpcdit.transport.mpi import MpiTransport
+from hpcdit.transport.local import LocalTransport
+from hpcdit.transport.mpi import WIRES, MpiTransport
 from tests.attention_cases import UNTIMED
 from tests.families import EXAMPLES, PROMPTS, picture
 from tests.mpi.groups import each_size, side_by_side
@@ -33,55 +35,92 @@ PROGRAM = (
     "mochi",
     "qwenimage",
 )
-# Ranks: of one node, or of nodes of one rank each; methods with their degrees.
+LAYERS = "sharded", "host", "resident"  # by turns
+# By the number of ranks: ranks of a node, method, degrees. Every method on every number of them.
 LAYOUTS = {
-    1: [(1, "ulysses", 1, 1)],
-    2: [(2, "ring", 1, 2), (1, "torus", 2, 1)],
-    3: [(1, "ulysses", 3, 1), (2, "usp", 1, 3), (2, "tas", 3, 1)],
+    1: [(1, "ulysses", 1, 1), (1, "ring", 1, 1), (1, "usp", 1, 1), (1, "tas", 1, 1), (1, "torus", 1, 1)],
+    2: [(1, "ulysses", 2, 1), (2, "ring", 1, 2), (1, "usp", 1, 2), (2, "tas", 2, 1), (1, "torus", 2, 1)],
+    3: [(1, "ulysses", 3, 1), (1, "ring", 1, 3), (2, "usp", 1, 3), (2, "tas", 3, 1), (1, "torus", 3, 1)],
+    4: [(4, "ulysses", 4, 1), (2, "ring", 1, 4), (2, "usp", 2, 2), (2, "tas", 2, 2), (2, "torus", 2, 2)],
 }
+SEEDS = tuple(seed for _, _, seed in PROMPTS)
+NEAR = 1e-4  # latents, of a deviation of about one, that are so near to others make the same levels
+
+
+class Enough(Exception):
+    """The latents after the first step have been seen."""
 
 
 def frames(comm: MPI.Comm, folder: str) -> Any:
-    """Renders each family's two prompts as one batch, on 1, 2 and 3 ranks: {family: {ranks: (renders, levels)}}.
+    """Renders each family's two prompts as one batch by every method on 1 to 4 ranks.
 
-    folder: has the checkpoint <family>/ and <family>.npy of two videos' levels for each. The levels are the largest
-    difference that any rank saw.
+    folder: has the checkpoint <family>/ and <family>.npy of two videos' levels for each. Returns {ranks: {family:
+    (renders, levels, latents)}}, the largest differences that any rank saw: of levels, by the first method, and of the
+    latents that all others make in the first step from those of the first.
     """
     torch.set_num_threads(1)
-    found: dict[str, dict[int, Any]] = {}
-    for name in sorted(path.stem for path in Path(folder).glob("*.npy")):
-        example, adapter = EXAMPLES[name], PipelineAdapter.load(inspect(Path(folder) / name))
-        expected = np.load(f"{folder}/{name}.npy").astype(int)
-        guided = adapter.guided(example.scale)
-        image = str(picture(Path(folder) / name)) if example.image else ""
-        conditions = stack([adapter.encode(prompt, no, guided, example.length, image) for prompt, no, _ in PROMPTS])
-        noise = torch.cat([adapter.noise(seed, *example.size) for _, _, seed in PROMPTS])
-        of, seeds = adapter.shape, tuple(seed for _, _, seed in PROMPTS)
+    families = [Family(path.with_suffix("")) for path in sorted(Path(folder).glob("*.npy"))]
+
+    def body(world: World) -> Any:
+        found = {family.name: [0, 0.0, 0.0] for family in families}
+        for number, (per_node, method, ulysses, ring) in enumerate(LAYOUTS[world.size]):
+            nodes, wire = Cluster(world, per_node), WIRES[number % 2]
+            transport = MpiTransport(nodes, wire) if world.size > 1 else LocalTransport(torch.device("cpu"))
+            for family in families:
+                levels, apart = family.compare(schedule(method, ulysses, ring), transport, whole=number == 0)
+                mine = found[family.name]
+                found[family.name] = [mine[0] + 1, max(mine[1], levels), max(mine[2], apart)]
+            nodes.close()
+        return {
+            name: (count, *(world.largest(worst, "the differences") for worst in differences))
+            for name, (count, *differences) in found.items()
+        }
+
+    return each_size(comm, body, [(4,), (3, 1), (2,)])
+
+
+class Family:
+    """One family's checkpoint, loaded, with two encoded prompts."""
+
+    def __init__(self, path: Path) -> None:
+        self.name, self._example = path.name, EXAMPLES[path.name]
+        self._expected, self._first = np.load(path.with_suffix(".npy")).astype(int), torch.empty(0)
+        self._adapter = adapter = PipelineAdapter.load(inspect(path))
+        example, guided = self._example, adapter.guided(self._example.scale)
+        image = str(picture(path)) if example.image else ""
+        self._conditions = stack([adapter.encode(text, no, guided, example.length, image) for text, no, _ in PROMPTS])
+        self._noise = torch.cat([adapter.noise(seed, *example.size) for _, _, seed in PROMPTS])
+
+    def compare(self, schedule: Any, transport: Any, whole: bool) -> tuple[int, float]:
+        """The differences of levels, of the video that is this rank's, and of latents; whole: this is the first."""
+        of, example = self._adapter.shape, self._example
         shape = Shape(len(PROMPTS), of.length(*example.size, example.length), of.heads, of.head_dim)
+        parallel = SequenceParallel(schedule, shape, transport, cpu, torch.float32, UNTIMED, of.token_channels)
+        apart = 0.0
 
-        def body(world: World) -> tuple[int, int]:
-            worst = 0
-            for per_node, method, ulysses, ring in LAYOUTS[world.size]:
-                nodes = Cluster(world, per_node)
-                plan, transport = schedule(method, ulysses, ring), MpiTransport(nodes)
-                parallel = SequenceParallel(plan, shape, transport, cpu, torch.float32, UNTIMED, of.token_channels)  # noqa: B023
-                settings = example.steps, example.scale, parallel, lambda *_: None  # noqa: B023
-                latents = adapter.denoise(conditions, noise, *settings, seeds=seeds)  # noqa: B023
-                parallel.close()
-                nodes.close()
-                mine = world.rank % 2
-                levels = adapter.decode(latents[mine : mine + 1]).astype(int)  # noqa: B023
-                worst = max(worst, int(abs(levels - expected[mine]).max()))  # noqa: B023
-            return len(LAYOUTS[world.size]), int(world.largest(worst, "the differences"))
+        def on_step(step: int, snapshot: Any) -> None:
+            nonlocal apart
+            if whole and step == 0:
+                self._first = snapshot().latents
+            elif not whole:
+                apart = float(abs(snapshot().latents - self._first).max())
+                raise Enough
 
-        found[name] = each_size(comm, body, [(3,), (2, 1)])
-    return found
+        with suppress(Enough):
+            settings = example.steps, example.scale, parallel, on_step
+            latents = self._adapter.denoise(self._conditions, self._noise, *settings, seeds=SEEDS)
+        parallel.close()
+        if not whole:
+            return 0, apart
+        mine = transport.rank % 2
+        decoded = self._adapter.decode(latents[mine : mine + 1]).astype(int)
+        return int(abs(decoded - self._expected[mine]).max()), 0.0
 
 
 def program(comm: MPI.Comm, folder: str) -> Any:
     """The program on two ranks, both prompts in one batch, each half of guidance on a rank where there are two."""
     codes = {}
-    for name in PROGRAM:
+    for number, name in enumerate(PROGRAM):
         example = EXAMPLES[name]
         shared: dict[str, Any] = dict(zip(("num_frames", "height", "width"), example.size, strict=True))
         shared |= {"steps": example.steps, "guidance_scale": example.scale, "max_sequence_length": example.length}
@@ -93,7 +132,12 @@ def program(comm: MPI.Comm, folder: str) -> Any:
         if comm.rank == 0:
             prompts.write_text("".join(json.dumps(line) + "\n" for line in lines))
         args = [f"model.path={folder}/{name}", f"prompts={prompts}", f"output.dir={folder}/{name}-out"]
-        args += ["parallel.batch=2", "parallel.replicas=1", f"parallel.cfg={2 if example.guided else 1}"]
+        args += [
+            f"model.layers={LAYERS[number % len(LAYERS)]}",
+            "parallel.batch=2",
+            "parallel.replicas=1",
+            f"parallel.cfg={2 if example.guided else 1}",
+        ]
         comm.Barrier()
         (codes[name],) = side_by_side(comm, [[(2, lambda world: app.run(world, args))]])  # noqa: B023
     return codes

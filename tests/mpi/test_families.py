@@ -14,7 +14,7 @@ from hpcdit.models.loading import inspect, shape
 from hpcdit.models.pipeline import PipelineAdapter
 from tests.checkpoints import edit, refusal
 from tests.families import EXAMPLES, PROMPTS, picture
-from tests.mpi.families import LAYOUTS, PROGRAM
+from tests.mpi.families import LAYOUTS, NEAR, PROGRAM
 from tests.mpi.test_mpi import mpirun
 from tests.unit.test_wan import Group, Member
 
@@ -31,14 +31,14 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_frames_equal_diffusers_on_one_to_three_ranks_in_batches(checkpoints: Path) -> None:
-    found = mpirun(3, "frames", str(checkpoints), module="tests.mpi.families")
-    assert set(found) == set(EXAMPLES)
-    for name, sizes in found.items():
-        assert sorted(sizes) == list("123"), name
-        for size, (count, worst) in sizes.items():
-            assert count == len(LAYOUTS[int(size)])
-            assert worst <= 1, f"{name} on {size} ranks: {worst} levels"
+def test_frames_equal_diffusers_by_every_method_on_one_to_four_ranks_in_batches(checkpoints: Path) -> None:
+    found = mpirun(4, "frames", str(checkpoints), module="tests.mpi.families")
+    assert sorted(found) == list("1234")
+    for size, every in found.items():
+        assert set(every) == set(EXAMPLES)
+        for name, (count, worst, apart) in every.items():
+            assert count == len(LAYOUTS[int(size)]) == 5
+            assert worst <= 1 and apart < NEAR, f"{name} on {size} ranks: {worst} levels, latents {apart:.2g} apart"
 
 
 def test_the_program_renders_them_each_half_of_guidance_on_a_rank(checkpoints: Path) -> None:
