@@ -12,14 +12,14 @@ import stat
 import zlib
 from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, get_origin
 
 from .claims import failures
 from .record import Row, VideoRecord
-from .store import Index, read_video
-from .summary import Summary, read_summary
+from .store import Index, covered, read_parts, read_video
+from .summary import Summary
 
 NAME = "catalog.jsonl"
 LINE_BYTES = 1 << 24  # what a prompt and a negative prompt of the largest size take, escaped
@@ -99,29 +99,38 @@ class Catalog:
 
     def entry(self, id: str) -> Entry:
         """What the video `id` holds. Raises ValueError, also for links and pipes, and OSError as read_record does."""
-        file = self.files.get(id)
-        known = self._entries.get(id)
-        if file and known and (known.size, known.mtime_ns) == (file.st_size, file.st_mtime_ns):
+        if known := self._known(id):
             return known
-        path = self._folder / "videos" / f"{id}.h5"
-        if file and not stat.S_ISREG(file.st_mode):
-            raise ValueError(f"{path}: not a regular file")
-        record, seconds = read_video(path)
-        self._entries[id] = entry = Entry.of(path, file or path.stat(), record, seconds)
-        with suppress(OSError):
-            _append(self._folder, entry)
-        return entry
+        path = self._path(id)
+        return self._learn(path, *read_video(path))
 
     def summary(self, id: str) -> Summary:
         """What a report shows of the video `id`; opens it where that was not noted. Raises as `entry` does."""
-        entry = self.entry(id)
-        with suppress(TypeError, LookupError):
-            return Summary.from_dict(entry.summary)
-        summary = read_summary(self._folder / "videos" / f"{id}.h5")
-        self._entries[id] = entry = replace(entry, summary=summary.to_dict())
+        if known := self._known(id):
+            with suppress(TypeError, LookupError):
+                return Summary.from_dict(known.summary)
+        path = self._path(id)
+        parts = read_parts(path)  # once for both: opening a video is what takes the time
+        entry = self._learn(path, parts.record, covered(parts.events), Summary.of_parts(parts))
+        return Summary.from_dict(entry.summary)  # as the next one will read it
+
+    def _known(self, id: str) -> Entry | None:
+        """What the catalog says of a video that is as it was then."""
+        file, known = self.files.get(id), self._entries.get(id)
+        return known if file and known and (known.size, known.mtime_ns) == (file.st_size, file.st_mtime_ns) else None
+
+    def _path(self, id: str) -> Path:
+        path, file = self._folder / "videos" / f"{id}.h5", self.files.get(id)
+        if file and not stat.S_ISREG(file.st_mode):
+            raise ValueError(f"{path}: not a regular file")
+        return path
+
+    def _learn(self, path: Path, record: VideoRecord, seconds: float, summary: Summary | None = None) -> Entry:
+        entry = Entry.of(path, self.files.get(path.stem) or path.stat(), record, seconds)
+        self._entries[path.stem] = entry = replace(entry, summary=summary.to_dict()) if summary else entry
         with suppress(OSError):
             _append(self._folder, entry)
-        return Summary.from_dict(entry.summary)  # as the next one will read it
+        return entry
 
 
 def rebuild(output_dir: Path, jobs: Iterable[Row] = (), shared: bool = False) -> Index:
@@ -174,7 +183,7 @@ def _open(folder: Path, flags: int) -> int:
 
 def _append(folder: Path, entry: Entry) -> None:
     """In one write, so that lines of several writers do not mix; a newline first, in case one was cut off before."""
-    content = json.dumps(asdict(entry))
+    content = json.dumps(vars(entry))
     line = f'\n["{zlib.crc32(content.encode()):08x}", {content}]\n'.encode()
     descriptor = _open(folder, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     try:

@@ -73,7 +73,12 @@ def read_record(path: Path) -> VideoRecord:
 def read_video(path: Path) -> tuple[VideoRecord, float]:
     """The record of a video, and the seconds that its trace covers, 0 where it has none. Raises as read_record does."""
     with _opened(path) as file:
-        return _read_record(file), _seconds(file)
+        return _read_record(file.attrs, file["frames"], file["trace/events"]), _seconds(file)
+
+
+def covered(events: np.ndarray) -> float:
+    """Seconds from the first start to the last end of events (EVENT [n]); 0 where there are none."""
+    return float(events["end"].max() - events["start"].min()) if len(events) else 0.0
 
 
 @dataclass(frozen=True)
@@ -89,9 +94,10 @@ class Parts:
 def read_parts(path: Path) -> Parts:
     """Record, one frame and the trace of a video. Raises as read_record does."""
     with _opened(path) as file:
-        record, count = _read_record(file), len(file["frames"])
-        load_plugin(file["frames"])
-        return Parts(record, count, file["frames"][count // 2], file["trace/events"][:])
+        frames, events = file["frames"], file["trace/events"]
+        record, count = _read_record(file.attrs, frames, events), len(frames)
+        load_plugin(frames)
+        return Parts(record, count, frames[count // 2], events[:])
 
 
 def read_frames(path: Path) -> tuple[np.ndarray, float]:
@@ -114,7 +120,7 @@ def _opened(path: Path) -> Iterator[h5py.File]:
             raise ValueError(f"{path}: not an HDF5 file")
         try:
             with h5py.File(plain, "r") as file:
-                if (schema := _attribute(file, "schema", str)) != SCHEMA:
+                if (schema := _attribute(file.attrs, "schema", str)) != SCHEMA:
                     raise ValueError(f"its schema is {schema!r}, not {SCHEMA!r}")
                 yield file
         except NoPlugin as error:
@@ -203,10 +209,8 @@ class Index:
 
 
 def _seconds(file: h5py.File) -> float:
-    """The time from the first start to the last end in the trace; 0 where there is none."""
     with suppress(*_DAMAGE):
-        events = file["trace/events"][:]
-        return float(events["end"].max() - events["start"].min())
+        return covered(file["trace/events"][:])
     return 0.0
 
 
@@ -233,24 +237,24 @@ def _write_record(file: h5py.File, record: VideoRecord) -> None:
         file.attrs["exact"] = json.dumps(exact)
 
 
-def _read_record(file: h5py.File) -> VideoRecord:
-    frames, events = file["frames"], file["trace/events"]
+def _read_record(found: h5py.AttributeManager, frames: h5py.Dataset, events: h5py.Dataset) -> VideoRecord:
     if not isinstance(frames, h5py.Dataset) or frames.dtype != np.uint8 or frames.shape[3:] != (3,):
         raise ValueError("/frames is not uint8 [F, H, W, 3]")
     if not isinstance(events, h5py.Dataset) or events.dtype != EVENT:
         raise ValueError("/trace/events is not a table of events")
-    exact = json.loads(_attribute(file, "exact", str)) if "exact" in file.attrs else {}
-    texts = {name: exact.get(name, _attribute(file, name, str)) for name in _TEXTS}
-    dicts = {name: json.loads(_attribute(file, name, str)) for name in _DICTS}
-    seed, fps = _attribute(file, "seed", np.integer).item(), _attribute(frames, "fps", np.number).item()
-    image = _attribute(file, "image", str) if "image" in file.attrs else ""
+    exact = json.loads(_attribute(found, "exact", str)) if "exact" in found else {}
+    texts = {name: exact.get(name, _attribute(found, name, str)) for name in _TEXTS}
+    dicts = {name: json.loads(_attribute(found, name, str)) for name in _DICTS}
+    seed, fps = _attribute(found, "seed", np.integer).item(), _attribute(frames.attrs, "fps", np.number).item()
+    image = _attribute(found, "image", str) if "image" in found else ""
     return VideoRecord(**texts, seed=seed, fps=fps, **dicts, image=image)
 
 
-def _attribute(item: h5py.HLObject, name: str, kind: type) -> Any:
-    if name not in item.attrs:
-        raise ValueError(f"attribute {name} is missing")
-    value = item.attrs[name]
+def _attribute(found: h5py.AttributeManager, name: str, kind: type) -> Any:
+    try:
+        value = found[name]
+    except KeyError:
+        raise ValueError(f"attribute {name} is missing") from None
     if not isinstance(value, kind):
         raise ValueError(f"attribute {name} is not what it should be: {value!r:.80}")
     return value

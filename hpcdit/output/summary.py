@@ -4,13 +4,12 @@ import base64
 import io
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from .store import read_parts
+from .store import Parts
 from .taxes import Rates, Times, measure
 
 SIDE = 160  # pixels of a picture's longer side
@@ -23,6 +22,11 @@ class Summary:
     picture: str
     shape: tuple[int, int, int]
     times: Times
+
+    @classmethod
+    def of_parts(cls, parts: Parts) -> "Summary":
+        """Of a video that was written without one."""
+        return cls.of(parts.middle, parts.count, parts.events, parts.record.plan)
 
     @classmethod
     def of(cls, middle: np.ndarray, count: int, events: np.ndarray, plan: Mapping[str, Any]) -> "Summary":
@@ -50,9 +54,3 @@ def picture(frame: np.ndarray) -> str:
     data = io.BytesIO()
     image.save(data, "WEBP", quality=70, method=2)
     return base64.b64encode(data.getbuffer()).decode()
-
-
-def read_summary(path: Path) -> Summary:
-    """Of a video that was written without one. Raises as store.read_video does."""
-    parts = read_parts(path)
-    return Summary.of(parts.middle, parts.count, parts.events, parts.record.plan)

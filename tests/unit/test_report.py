@@ -109,9 +109,10 @@ def test_a_video_without_a_line_is_summarised_once(tmp_path: Path, monkeypatch: 
     rendered(tmp_path, "a", "b")
     noted = contents.gather(tmp_path)
     (tmp_path / catalog.NAME).unlink()
+    monkeypatch.setattr(catalog, "read_video", lambda path: pytest.fail("opened twice"))
     again = contents.gather(tmp_path)
     assert again.pictures == noted.pictures and again.times == noted.times
-    monkeypatch.setattr(catalog, "read_summary", lambda path: pytest.fail("opened once more"))
+    monkeypatch.setattr(catalog, "read_parts", lambda path: pytest.fail("opened once more"))
     assert contents.gather(tmp_path).pictures == noted.pictures
 
 

@@ -89,7 +89,8 @@ def _row(row: Row, catalog: Catalog) -> tuple[list[Any], Summary | None]:
         status = "pending" if row.status == "done" else row.status  # its file was removed
         return [*head, status, row.seconds, row.reason, None, None, None, None], None
     try:
-        entry, summary = catalog.entry(row.id), catalog.summary(row.id)
+        summary = catalog.summary(row.id)  # first: what opens a video for it need not open it for the entry
+        entry = catalog.entry(row.id)
     except (ValueError, OSError) as error:
         return [*head, "failed", 0.0, str(error), None, None, None, None], None
     head[2:] = entry.prompt, str(entry.seed)
