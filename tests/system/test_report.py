@@ -163,12 +163,31 @@ def test_everything_is_reached_by_keyboard_and_named(page: Any) -> None:
     page.wait_for_selector("#video h2")
     assert page.evaluate("document.activeElement.textContent") == "a red circle moving", "the page's title is read out"
     unnamed = page.evaluate(
-        "[...document.querySelectorAll('button, a, input, select, video, canvas, [role=img]')].filter(e =>"
+        "[...document.querySelectorAll('button, a, input, select, video, canvas, [role=img], [tabindex]')].filter(e =>"
         " !(e.textContent.trim() || e.getAttribute('aria-label') || e.labels?.length)).map(e => e.outerHTML)"
     )
     assert unnamed == []
     page.go_back()
     page.wait_for_selector("#overview:not([hidden])")
+
+
+def test_on_a_narrow_screen_tables_scroll_by_themselves_and_can_be_read(browser: Any, small: Path) -> None:
+    with opened(browser, small) as page:
+        page.set_viewport_size({"width": 390, "height": 800})
+        assert page.evaluate("document.documentElement.scrollWidth") <= 390
+        assert page.locator("#taxes th[scope=row]").first.evaluate("cell => cell.clientWidth") > 120
+        page.locator("#taxes .wide").focus()
+        page.keyboard.press("ArrowRight")
+        page.wait_for_function("document.querySelector('#taxes .wide').scrollLeft > 0")
+        page.goto(f"{small.as_uri()}#/video/0")
+        page.wait_for_function("window.timeline")
+        assert page.evaluate("document.documentElement.scrollWidth") <= 390
+
+
+def test_the_timeline_has_no_empty_rows(page: Any) -> None:
+    page.goto(f"{page.url}#/video/0")
+    page.wait_for_function("window.timeline")
+    assert page.evaluate("timeline.shown.map(row => row[0])") == ["step", "pass", "compute", "inter", "predicted"]
 
 
 def test_it_prints_without_its_controls(page: Any, tmp_path: Path) -> None:

@@ -8,16 +8,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+from omegaconf import OmegaConf
 
 from hpcdit.app import main
 from hpcdit.attention.methods import Layout
+from hpcdit.config import conf_dir
 from hpcdit.output import catalog, media, store
 from hpcdit.output.record import Row
 from hpcdit.output.report import contents, page
 from hpcdit.output.report.__main__ import main as alone
 from hpcdit.output.report.pricing import Priced, advise
 from hpcdit.output.summary import Summary
-from hpcdit.output.taxes import Times
+from hpcdit.output.taxes import Rates, Times, measure
 from hpcdit.output.trace import EVENT
 from hpcdit.planner.costs import Costs, Link
 from hpcdit.planner.presets import to_keys
@@ -164,6 +166,43 @@ def test_the_planner_says_what_would_be_faster() -> None:
     assert advice["traffic"].override == "", "a CPU computes no faster in bfloat16"
     gpu = replace(priced, costs=replace(COSTS, lanes=132, tile=128))
     assert advise(gpu, "float32")["traffic"].override == "model.dtype=bfloat16"
+
+
+def on_gpus(dtype: str) -> tuple[Priced, np.ndarray]:
+    """Wan 2.1 14B on two nodes of eight H100 by USP, and a step as their streams' events have it: attention calls with
+    a transfer behind each, of which one is late, and the host between two steps."""
+    costs = dict(OmegaConf.load(conf_dir() / "cluster" / "4x8-h100.yaml").costs)
+    work = Workload(
+        tokens=32760, heads=40, head_dim=128, layers=40, ffn_dim=13824, steps=50, videos=4, guided=True,
+        latents=16 * 21 * 60 * 104, itemsize=4 if dtype == "float32" else 2,
+    )  # fmt: skip
+    priced = {"costs": costs, "work": asdict(work), "nodes": [0] * 8 + [1] * 8}
+    layout = {**asdict(Layout("usp", 8, 2)), "replicas": 1, "cfg": 1, "tokens": work.tokens, "batch": 1}
+    found = Priced.of({**layout, "priced": priced}, {"steps": 50})
+    assert found is not None
+    spans = [
+        (b"step", 0, b"compute", 0.0, 3.0, 0), (b"pass", 0, b"compute", 0.01, 2.99, 0),
+        (b"attend", 0, b"compute", 0.1, 1.1, 0), (b"pull k", 0, b"inter", 0.1, 1.6, 10**9),
+        (b"attend", 0, b"compute", 1.6, 2.6, 0), (b"pull v", 0, b"intra", 1.7, 1.8, 10**9),
+        (b"step", 0, b"compute", 3.2, 6.0, 0), (b"between steps", 0, b"io", 3.0, 3.2, 0),
+    ]  # fmt: skip
+    return found, np.array(spans, EVENT)
+
+
+def test_on_gpus_each_tax_is_measured_and_has_an_override_with_its_price() -> None:
+    priced, events = on_gpus("float32")
+    times = measure(events, Rates.of(to_keys(priced.costs)))
+    assert (times.inter, times.intra) == (pytest.approx(0.5), 0), "what is behind attention costs nothing"
+    assert times.sync == pytest.approx(0.48, abs=1e-3), "its bytes take 20 ms at 50 GB/s: the rest was waiting"
+    assert times.launch == pytest.approx(0.2) and times.outside == pytest.approx(3.02)
+    advice = advise(priced, "float32")
+    for tax in ("sync", "inter", "intra", "imbalance"):
+        assert advice[tax].override == "parallel.replicas=4"
+        assert advice[tax].after_s < advice[tax].before_s
+    assert advice["traffic"].override == "model.dtype=bfloat16"
+    assert advice["launch"].override == "" and advice["launch"].why == "parallel.batch=2 is no faster"
+    assert advice["launch"].after_s != advice["launch"].before_s, "that has a price, too"
+    assert priced.traffic_s() > 0 and priced.calls_s(times.calls) == 2 * priced.costs.call_s
 
 
 def test_where_nothing_is_faster_no_override_is_named() -> None:

@@ -73,7 +73,8 @@ class Timeline {
     this.whole = this.end.reduce((a, b) => Math.max(a, b), 1e-6);
     this.rows = this.sorted();
     this.steps = this.rows.get(`${this.ranks[0]} step`) ?? [];
-    this.shown = ROWS.filter(([name]) => name !== "predicted" || prediction);
+    // A row that no rank has anything in only moves the prediction away from what it is about.
+    this.shown = ROWS.filter(([name]) => (name === "predicted" ? prediction : this.ranks.some((rank) => this.rows.has(`${rank} ${name}`))));
     this.tall = this.shown.reduce((sum, [, h]) => sum + h + 1, GAP);
     this.fit();
     this.listen();

@@ -66,7 +66,8 @@ function taxes() {
   for (const [key, words, read] of TAXES) {
     const seconds = read(t), advice = job.advice[key];
     if (seconds === undefined) continue;
-    const gain = advice?.override ? `${duration(advice.before_s)} → ${duration(advice.after_s)}` : "-";
+    // Also where it is no gain: then it says why nothing is named.
+    const gain = advice && advice.after_s !== advice.before_s ? `${duration(advice.before_s)} → ${duration(advice.after_s)}` : "-";
     $("tax-rows").append(el("tr", { "data-tax": key }, el("th", { scope: "row" }, words), el("td", { class: "number" }, duration(seconds)), el("td", { class: "number" }, percent(seconds, t.whole)),
       el("td", {}, !seconds ? "-" : advice?.override ? el("code", {}, advice.override) 
         : advice ? "none known" : "not priced: rendered by another version", seconds && advice?.why ? el("small", {}, advice.why) : ""),
@@ -163,7 +164,7 @@ function timelineOf(n, row) {
     return [section];
   }
   const data = JSON.parse(block(`timeline-${n}`)), prediction = data.prediction === undefined ? null : job.predictions[data.prediction];
-  const canvas = el("canvas", { tabindex: 0, role: "img", "aria-describedby": "timeline-help", "aria-label": `What each rank did over time; ${data.shown} spans` });
+  const canvas = el("canvas", { tabindex: 0, role: "application", "aria-roledescription": "timeline", "aria-describedby": "timeline-help", "aria-label": `What each rank did over time; ${data.shown} spans` });
   const said = el("output", { id: "said", "aria-live": "polite" });
   let timeline = null;
   const button = (words, act) => el("button", { type: "button", onclick: () => { act(timeline); said.textContent = `from ${duration(timeline.from)} to ${duration(timeline.to)}`; } }, words);
