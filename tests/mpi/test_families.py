@@ -15,7 +15,7 @@ from hpcdit.models.pipeline import PipelineAdapter
 from tests.checkpoints import edit, refusal
 from tests.families import EXAMPLES, PROMPTS, picture
 from tests.mpi.families import LAYOUTS, NEAR, PROGRAM
-from tests.mpi.test_mpi import mpirun
+from tests.mpi.starts import mpirun
 from tests.unit.test_wan import Group, Member
 
 

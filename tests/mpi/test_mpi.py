@@ -2,37 +2,74 @@
 
 import json
 import re
-import subprocess
-import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import h5py
 import numpy as np
 import pytest
 
 from tests.mpi import cases, failing
-from tests.system.program import statuses
+from tests.mpi.starts import Case, Found, case, mpirun, together
+from tests.system.program import prompts, statuses
 
 WAITING = "tests.mpi.waiting"
+Requests = tuple[Path, dict[str, np.ndarray]]
 
 
-def mpirun(ranks: int, case: str, *args: str, module: str = "tests.mpi.cases", timeout_s: float = 400) -> Any:
-    """What a case of the module returns on rank 0."""
-    command = [str(Path(sys.executable).parent / "mpirun"), "-n", str(ranks), sys.executable]
-    command += ["-m", "tests.mpi.under_mpi", module, case, *args]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s)
-    assert ended.returncode == 0, ended.stdout[-2000:] + ended.stderr[-4000:]
-    (result,) = [line for line in ended.stdout.splitlines() if line.startswith("RESULT ")]
-    return json.loads(result.removeprefix("RESULT "))
+def model_and_prompts(request: pytest.FixtureRequest, folder: Path) -> list[str]:
+    return [str(request.getfixturevalue("tiny")[0]), str(request.getfixturevalue("requests")[0]), str(folder)]
 
 
-def test_every_method_is_exact_on_one_to_six_ranks_over_both_ways_between_nodes() -> None:
-    found = mpirun(6, "transports")
-    assert sorted(found) == list("123456")
-    for size, (worst, count) in found.items():
+def failing_runs(runs: str) -> Case:
+    return Case(4, "renders", lambda *given: [*model_and_prompts(*given), runs], "tests.mpi.failing")
+
+
+def circles(videos: int) -> Callable[[pytest.FixtureRequest, Path], list[str]]:
+    """The arguments of cases that are stopped."""
+
+    def words(request: pytest.FixtureRequest, folder: Path) -> list[str]:
+        file = prompts(folder / "p.txt", ["a red circle"] * videos)
+        return [str(request.getfixturevalue("tiny")[0]), str(file), str(folder / "out")]
+
+    return words
+
+
+def one_prompt(request: pytest.FixtureRequest, folder: Path) -> list[str]:
+    return [str(prompts(folder / "one.txt", ["a blue triangle moving right on black"])), str(folder)]
+
+
+CASES = {
+    "transports": Case(6, "transports"),
+    "demo": Case(6, "program", one_prompt),
+    "frames": Case(6, "wan_frames", lambda request, _: list(map(str, request.getfixturevalue("tiny")))),
+    "groups": Case(4, "program_in_groups", model_and_prompts),
+    "a failure": failing_runs("METHODS"),
+    "no memory": failing_runs("MEMORY"),
+    "a failure in rows": failing_runs("ROWS"),
+    "too many failures": failing_runs("LIMIT"),
+    "a stop, one group is idle": Case(4, "stop_in_a_group", circles(1)),
+    "a stop, all groups are busy": Case(4, "stop_in_a_group", circles(50)),
+    "a stop while it loads": Case(4, "stop_while_loading", circles(1)),
+}
+
+
+@pytest.fixture(scope="module")
+def made() -> dict[str, Found]:
+    return {}
+
+
+@pytest.fixture
+def found(request: pytest.FixtureRequest, made: dict[str, Found]) -> Found:
+    return together(request, CASES, made)
+
+
+@case("transports")
+def test_every_method_is_exact_on_one_to_six_ranks_over_both_ways_between_nodes(found: Found) -> None:
+    assert sorted(found.result) == list("123456")
+    for size, (worst, count) in found.result.items():
         assert worst < 1e-12, f"{size} ranks"
         assert count >= 15, f"{size} ranks"
 
@@ -49,14 +86,13 @@ def test_a_rank_without_heartbeat_is_named_by_the_one_that_waits(ranks: int, par
     assert 1.5 < seconds < 10
 
 
-def test_the_demo_is_the_same_video_on_one_to_six_ranks(tmp_path: Path) -> None:
+@case("demo")
+def test_the_demo_is_the_same_video_on_one_to_six_ranks(found: Found) -> None:
     """The whole program, with the packaged model and the settings that are shipped, but shorter."""
-    prompts = tmp_path / "one.txt"
-    prompts.write_text("a blue triangle moving right on black\n")
-    assert mpirun(6, "program", str(prompts), str(tmp_path)) == {str(size): 0 for size in range(1, 7)}
+    assert found.result == {str(size): 0 for size in range(1, 7)}
     frames = {}
     for size in range(1, 7):
-        (path,) = (tmp_path / str(size) / "videos").glob("*.h5")
+        (path,) = (found.folder / str(size) / "videos").glob("*.h5")
         with h5py.File(path) as file:
             frames[size] = file["frames"][:].astype(int)
     assert frames[1].shape == (17, 96, 96, 3) and frames[1].std() > 20
@@ -104,10 +140,10 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return folder / "model", folder / "frames.npz"
 
 
-def test_frames_equal_diffusers_on_one_to_six_ranks_by_every_method(tiny: tuple[Path, Path]) -> None:
-    found = mpirun(6, "wan_frames", *map(str, tiny))
-    assert sorted(found) == list("123456")
-    for size, (count, worst) in found.items():
+@case("frames")
+def test_frames_equal_diffusers_on_one_to_six_ranks_by_every_method(found: Found) -> None:
+    assert sorted(found.result) == list("123456")
+    for size, (count, worst) in found.result.items():
         assert worst <= 1, f"{size} ranks: {worst} levels"
         assert count >= 5, f"{size} ranks"
 
@@ -165,15 +201,13 @@ def requests(tiny: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) 
     return file, frames
 
 
-def test_frames_equal_diffusers_with_replicas_halves_of_guidance_and_batches(
-    tiny: tuple[Path, Path], requests: tuple[Path, dict[str, np.ndarray]], tmp_path: Path
-) -> None:
-    prompts, frames = requests
-    codes = mpirun(4, "program_in_groups", str(tiny[0]), str(prompts), str(tmp_path))
+@case("groups")
+def test_frames_equal_diffusers_with_replicas_halves_of_guidance_and_batches(found: Found, requests: Requests) -> None:
+    codes = found.result
     assert len(codes) == len(list(chain(*cases.LAYOUTS))) and set(codes.values()) == {0}
     for layout in codes:
-        for own, expected in frames.items():
-            with h5py.File(tmp_path / layout / "videos" / f"{own}.h5") as file:
+        for own, expected in requests[1].items():
+            with h5py.File(found.folder / layout / "videos" / f"{own}.h5") as file:
                 assert abs(file["frames"][:].astype(int) - expected).max() <= 1, f"{own} on {layout}"
                 names, ranks = (set(file["trace/events"][column]) for column in ("name", "rank"))
                 plan = json.loads(file.attrs["plan"])
@@ -193,25 +227,18 @@ def test_the_queue_hands_every_job_out_once_and_rank_0_hears_of_all() -> None:
         assert took[0] and took[2], "no group is left out"
 
 
-@pytest.mark.parametrize("videos", [1, 50], ids=["one group is idle", "all groups are busy"])
-def test_a_stop_that_one_rank_hears_of_ends_all_groups(tiny: tuple[Path, Path], tmp_path: Path, videos: int) -> None:
-    prompts = tmp_path / "p.txt"
-    prompts.write_text("a red circle\n" * videos)
-    args = str(tiny[0]), str(prompts), str(tmp_path / "out")
-    assert mpirun(4, "stop_in_a_group", *args, timeout_s=90) == [[75] * 4]
-    log = (tmp_path / "out" / "run.log").read_text()
+@case("a stop, one group is idle", "a stop, all groups are busy")
+def test_a_stop_that_one_rank_hears_of_ends_all_groups(found: Found) -> None:
+    assert found.result == [[75] * 4]
+    log = (found.folder / "out" / "run.log").read_text()
     assert "stopped on request (SIGTERM)" in log
-    assert log.count(": starts") == min(videos, 2) and ": done" not in log
+    assert log.count(": starts") == min((found.folder / "p.txt").read_text().count("\n"), 2) and ": done" not in log
 
 
-def test_a_request_to_stop_one_rank_while_it_loads_stops_all_at_once(tiny: tuple[Path, Path], tmp_path: Path) -> None:
-    (tmp_path / "p.txt").write_text("a red circle\n")
-    args = str(tiny[0]), str(tmp_path / "p.txt"), str(tmp_path / "out")
-    assert mpirun(2, "stop_while_loading", *args, timeout_s=200) == [[75] * 2]
-    assert "stopped on request (SIGTERM)" in (tmp_path / "out" / "run.log").read_text()
-
-
-Requests = tuple[Path, dict[str, np.ndarray]]
+@case("a stop while it loads")
+def test_a_request_to_stop_one_rank_while_it_loads_stops_all_at_once(found: Found) -> None:
+    assert found.result == [[75] * 2]
+    assert "stopped on request (SIGTERM)" in (found.folder / "out" / "run.log").read_text()
 
 
 def check(out: Path, requests: Requests, failed: set[str]) -> dict[str, tuple[str, str]]:
@@ -227,57 +254,49 @@ def check(out: Path, requests: Requests, failed: set[str]) -> dict[str, tuple[st
     return found
 
 
-def test_a_rank_that_fails_anywhere_costs_one_video(
-    tiny: tuple[Path, Path], requests: Requests, tmp_path: Path
-) -> None:
-    args = str(tiny[0]), str(requests[0]), str(tmp_path)
-    codes = mpirun(4, "renders", *args, "METHODS", module="tests.mpi.failing")
+@case("a failure")
+def test_a_rank_that_fails_anywhere_costs_one_video(found: Found, requests: Requests) -> None:
+    codes = found.result
     assert len(codes) == len(failing.METHODS)
     for run in failing.METHODS:
         assert codes[run.name()] == 3, run.name()
-        reason = check(tmp_path / run.name(), requests, {"a"})["a"][1]
+        reason = check(found.folder / run.name(), requests, {"a"})["a"][1]
         assert "ZeroDivisionError: a bug" in reason, reason
         assert f"rank {run.fault.rank}" in reason or run.fault.where == "decode"
 
 
-def test_a_lack_of_memory_is_met_with_less_at_a_time(
-    tiny: tuple[Path, Path], requests: Requests, tmp_path: Path
-) -> None:
-    args = str(tiny[0]), str(requests[0]), str(tmp_path)
-    codes = mpirun(4, "renders", *args, "MEMORY", module="tests.mpi.failing")
+@case("no memory")
+def test_a_lack_of_memory_is_met_with_less_at_a_time(found: Found, requests: Requests) -> None:
+    codes = found.result
     once, twice, batch, decode = (run.name() for run in failing.MEMORY)
     assert codes == {once: 0, twice: 3, batch: 0, decode: 0}
     for name in codes:
-        found = check(tmp_path / name, requests, {"a"} if name == twice else set())
-        log = (tmp_path / name / "run.log").read_text()
+        jobs = check(found.folder / name, requests, {"a"} if name == twice else set())
+        log = (found.folder / name / "run.log").read_text()
         assert ("once more, one by one" in log) == (name == batch)
         assert ("once more, by the smallest plan" in log) == (name in (once, twice))
-    assert "rank 2" in found["a"][1] or found["a"] == ("done", "")
+    assert "rank 2" in jobs["a"][1] or jobs["a"] == ("done", "")
 
 
-def test_a_rank_that_fails_while_all_decode_a_video_by_rows_costs_that_video_or_nothing(
-    tiny: tuple[Path, Path], requests: Requests, tmp_path: Path
-) -> None:
-    args = str(tiny[0]), str(requests[0]), str(tmp_path)
-    codes = mpirun(4, "renders", *args, "ROWS", module="tests.mpi.failing")
+@case("a failure in rows")
+def test_a_rank_that_fails_in_decoding_by_rows_costs_one_video_or_nothing(found: Found, requests: Requests) -> None:
+    codes = found.result
     for run in failing.ROWS:
         fails = isinstance(run.fault.error, ZeroDivisionError)
         assert codes[run.name()] == (3 if fails else 0), run.name()
-        reason = check(tmp_path / run.name(), requests, {"a"} if fails else set())["a"][1]
+        reason = check(found.folder / run.name(), requests, {"a"} if fails else set())["a"][1]
         assert reason == (f"rank {run.fault.rank} while decoding: ZeroDivisionError: a bug" if fails else "")
-        with h5py.File(tmp_path / run.name() / "videos" / "b.h5") as file:
+        with h5py.File(found.folder / run.name() / "videos" / "b.h5") as file:
             events = file["trace/events"][:]
             assert json.loads(file.attrs["plan"])["vae"] == "rows"
         assert set(events["rank"][events["name"] == b"decode"]) == set(range(4))
 
 
-def test_so_many_failures_end_the_run_and_leave_the_rest_pending(
-    tiny: tuple[Path, Path], requests: Requests, tmp_path: Path
-) -> None:
-    args = str(tiny[0]), str(requests[0]), str(tmp_path)
-    (code,) = mpirun(4, "renders", *args, "LIMIT", module="tests.mpi.failing").values()
+@case("too many failures")
+def test_so_many_failures_end_the_run_and_leave_the_rest_pending(found: Found, requests: Requests) -> None:
+    (code,) = found.result.values()
     assert code == 3
-    out = tmp_path / failing.LIMIT[0].name()
-    found = [status for status, _ in statuses(out).values()]
-    assert found == ["failed"] * 2 + ["pending"] * 5
+    out = found.folder / failing.LIMIT[0].name()
+    status = [status for status, _ in statuses(out).values()]
+    assert status == ["failed"] * 2 + ["pending"] * 5
     assert "5 not begun (failures.max)" in (out / "run.log").read_text()

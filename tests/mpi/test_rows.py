@@ -1,6 +1,6 @@
 """VAEs that are decoded and encoded by several ranks, some rows each, beside one rank."""
 
-from tests.mpi.test_mpi import mpirun
+from tests.mpi.starts import mpirun
 from tests.vaes import VAES
 
 # LTX's norms compute in float32, whatever the type of the model.

@@ -1,9 +1,12 @@
 """Runs under mpirun: calls the named case function of a module with COMM_WORLD and prints what it returns as JSON.
 
 `mpirun -n 6 python -m tests.mpi.under_mpi tests.mpi.cases transports`
+
+Several, each with its arguments, are cut by `+`. The first that fails ends all.
 """
 
 import importlib
+import itertools
 import json
 import sys
 import traceback
@@ -11,10 +14,14 @@ import traceback
 from hpcdit.cluster import MPI  # asks MPI for threads before anything else starts it
 
 if __name__ == "__main__":
-    try:
-        result = getattr(importlib.import_module(sys.argv[1]), sys.argv[2])(MPI.COMM_WORLD, *sys.argv[3:])
-    except BaseException:
-        print(f"rank {MPI.COMM_WORLD.rank}:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
-        MPI.COMM_WORLD.Abort(1)
-    if MPI.COMM_WORLD.rank == 0:
-        print("RESULT " + json.dumps(result), flush=True)
+    for cut, several in itertools.groupby(sys.argv[1:], lambda word: word == "+"):
+        if cut:
+            continue
+        module, function, *words = several
+        try:
+            result = getattr(importlib.import_module(module), function)(MPI.COMM_WORLD, *words)
+        except BaseException:
+            print(f"rank {MPI.COMM_WORLD.rank}:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
+            MPI.COMM_WORLD.Abort(1)
+        if MPI.COMM_WORLD.rank == 0:
+            print("RESULT " + json.dumps(result), flush=True)
