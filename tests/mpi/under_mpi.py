@@ -8,6 +8,7 @@ Several, each with its arguments, are cut by `+`. The first that fails ends all.
 import importlib
 import itertools
 import json
+import os
 import sys
 import traceback
 
@@ -23,5 +24,6 @@ if __name__ == "__main__":
         except BaseException:
             print(f"rank {MPI.COMM_WORLD.rank}:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
             MPI.COMM_WORLD.Abort(1)
+            os._exit(1)  # where another rank was first, Abort may return
         if MPI.COMM_WORLD.rank == 0:
             print("RESULT " + json.dumps(result), flush=True)
