@@ -1,7 +1,6 @@
 """One render of a checked batch: brings model, transport, engine and output together."""
 
 import gc
-import os
 import sys
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -11,7 +10,7 @@ import torch
 
 from ..cluster import Cluster, World
 from ..config import Config
-from ..device import Device, bind, resident_peak_bytes
+from ..device import Device, bind
 from ..errors import BrokenRun, InputError, Stopped
 from ..models.base import Adapter
 from ..models.families import families
@@ -22,13 +21,10 @@ from ..output.media import Encoder
 from ..output.record import Row
 from ..output.store import software
 from ..output.trace import EVENT, Trace
-from ..planner.presets import to_keys
-from ..planner.reasons import seconds
 from ..stop import StopRequest
-from ..terminal import say
 from ..transport import Network
 from ..transport.heap import HEAP_BYTES
-from . import films
+from . import films, notes
 from .batch import Batch, as_it_is_now, output_folder
 from .checkpoints import Checkpoints
 from .decoding import RowDecoder, row_decoder
@@ -36,7 +32,7 @@ from .engine import Engine
 from .groups import Groups, Halves
 from .plan import shelves, workload
 from .planner import Planner
-from .progress import Report, clock, open_log
+from .progress import Report, open_log
 from .provenance import Provenance, priced
 from .queue import Queue, batches
 from .sources import Listed, Shared, Source, told
@@ -58,7 +54,7 @@ def render(config: Config, world: World, cluster: Cluster, batch: Batch, stop: S
         world.agree(lambda: stack.enter_context(output_folder(folder, shared)) and None, "the output folder")
         batch = as_it_is_now(config, world, cluster.nodes, batch)
         report = _report(config, cluster, batch) if world.rank == 0 else None
-        _log_processes(world, cluster, report)
+        notes.log_processes(world, cluster, report)
         try:
             if batch.todo:
                 _render(config, world, cluster, batch, stop, report, stack)
@@ -79,7 +75,7 @@ def render(config: Config, world: World, cluster: Cluster, batch: Batch, stop: S
         code = OK
         if report:
             code = FAILED if report.failed else OK
-            _summary(folder, report, len(batch.done), config.queue.claims)
+            notes.summary(folder, report, len(batch.done), config.queue.claims)
         return int(world.broadcast(code, "the exit code"))
 
 
@@ -122,9 +118,9 @@ def _render(
     gc.enable()
     if report:
         report.log.info("device: %s; transport: %s", device.name, transport.describe())
-        _warn_untimed(trace, device, graph, report)
-        _log_plan(planner, report)
-        _warn_unguided(batch, plan.cfg, adapter, report)
+        notes.warn_untimed(trace, device, graph, report)
+        notes.log_plan(planner, report)
+        notes.warn_unguided(batch, plan.cfg, adapter, report)
     todo = _source(config, batch, stack) if report else Listed(())  # before the finisher: what it writes stays claimed
     beside = Trace(world.rank, config.trace.level, trace.offset, trace.ranges)  # for what works beside `trace`
     decoder = row_decoder(config.parallel.vae, groups, len(batch.todo), adapter, device, beside)
@@ -151,7 +147,8 @@ def _render(
         engine.render(batch.todo)
     except Stopped as error:  # by all ranks together
         stopped = error
-    _log_memory(world, device, network, engine.denoising_bytes, planner.memory_bytes + before, report)
+    notes.log_traffic(world, transport.traffic, report)
+    notes.log_memory(world, device, network, engine.denoising_bytes, planner.memory_bytes + before, report)
     _close(decoder, halves, groups, network)
     if stopped is not None:
         raise stopped
@@ -175,14 +172,6 @@ def _close(decoder: RowDecoder | None, halves: Halves | None, groups: Groups, ne
         halves.close()
     groups.close()
     network.close()
-
-
-def _warn_untimed(trace: Trace, device: Device, graph: bool, report: Report) -> None:
-    if graph and trace.level > 1 and device.clock and not device.clock.in_graphs:
-        report.log.warning(
-            "trace.level=2: this torch has no events in CUDA graphs, only passes are timed;"
-            " allowed: a later torch, or model.graph=false"
-        )
 
 
 def _finisher(
@@ -230,45 +219,6 @@ def _source(config: Config, batch: Batch, stack: ExitStack) -> Source:
     return shared
 
 
-def _log_memory(
-    world: World, device: Device, network: Network, denoising: int, planned: int, report: Report | None
-) -> None:
-    """The most that a rank held, beside what was planned.
-
-    denoising: of the device's, while no video was decoded; planned: what the process held before included.
-    """
-    symmetric = network.peak_bytes()
-    ours = (resident_peak_bytes(), device.peak_bytes() + symmetric, denoising + symmetric, planned)
-    resident, peak, denoised, planned_gib = (world.largest(n, "the end of the batch") / 2**30 for n in ours)
-    if report:
-        plan = f", {planned_gib:.2f} GiB planned"
-        report.log.info("peak memory: %.2f GiB on the largest rank%s", resident, "" if device.cuda else plan)
-        if device.cuda:
-            whole = f"; {peak:.2f} GiB in all"
-            report.log.info(
-                "peak GPU memory: %.2f GiB on the largest rank while it denoised%s%s", denoised, plan, whole
-            )
-
-
-def _log_plan(planner: Planner, report: Report) -> None:
-    """What the plan follows from, what it is, and why it is no other."""
-    plan, costs = planner.batch, to_keys(planner.costs)
-    report.log.info("costs: %s", ", ".join(f"{key} {value:.3g}" for key, value in costs.items()))
-    report.log.info("plan: %s, about %s without reading and writing", plan, seconds(plan.makespan_s))
-    for other in plan.others:
-        report.log.info("not %s: %s", other, other.why)
-
-
-def _warn_unguided(batch: Batch, cfg: int, adapter: Adapter, report: Report) -> None:
-    """Such a video is not refused: in a file there may be both kinds."""
-    unguided = sum(not adapter.guided(job.sampling.guidance_scale) for job in batch.todo)
-    if cfg > 1 and unguided:
-        report.log.warning(
-            "cfg %d: %d of %d videos have no guidance, both halves compute the same for them",
-            cfg, unguided, len(batch.todo),
-        )  # fmt: skip
-
-
 def _report(config: Config, cluster: Cluster, batch: Batch) -> Report:
     folder, done = Path(config.output.dir), {job.id for job in batch.done}
     log = open_log(folder / (f"run-{run_name()}.log" if config.queue.claims else "run.log"))
@@ -280,21 +230,3 @@ def _report(config: Config, cluster: Cluster, batch: Batch) -> Report:
     rows = [Row(j.index, j.id, j.prompt, j.sampling.seed, "done" if j.id in done else "pending") for j in batch.jobs]
     work = {job.id: job.sampling.steps for job in batch.todo}
     return Report(rebuild(folder, rows, config.queue.claims), log, work, len(done))
-
-
-def _log_processes(world: World, cluster: Cluster, report: Report | None) -> None:
-    """Names every rank's process in the log, for the person who looks for it on its host."""
-    mine = f"rank {world.rank}: node {cluster.node}, host {world.hostname}, pid {os.getpid()}"
-    for line in world.gather(mine.encode(), 0, "the processes"):
-        if report:
-            report.log.info(line.decode())
-
-
-def _summary(folder: Path, report: Report, there: int, shared: bool) -> None:
-    text = f"{report.done} videos done in {clock(report.seconds)}"
-    text += f", {there} were there" * bool(there)
-    text += f", {report.failed} failed (see job.h5 and run.log)" * bool(report.failed)
-    if report.pending:
-        text += f", {report.pending} {'by other runs' if shared else 'not begun (failures.max)'}"
-    report.log.info(text)
-    say(f"hpcdit: {text}: {folder / 'videos'}", sys.stdout)

@@ -69,7 +69,11 @@ def test_a_run_leaves_videos_index_and_log_that_h5py_alone_reads(tmp_path: Path)
         assert events["end"].max() - events["start"].min() < 120, "one clock"
         assert names >= {b"pass", b"between steps"}
         second = next(name for name in job["videos"] if name != "first")
+        every = np.concatenate([job["videos"][name]["trace/events"][:] for name in job["videos"]])
         assert job["videos"][second]["frames"].shape[0] == 9
+    moved = every["bytes"][every["lane"] == b"inter"].sum() / 1e9
+    log = (tmp_path / "out" / "run.log").read_text()
+    assert moved > 0 and f"moved by attention: {moved:.3g} GB between nodes, 0 GB inside them" in log
     for idle in read_idle(tmp_path / "out").values():
         assert idle.steps == 4 and len(idle.between) == 2, "two videos of two steps"
         assert 0 < idle.attend_s < idle.busy_s < idle.window_s

@@ -1,0 +1,92 @@
+"""What run.log says of a run besides its videos: processes, the plan and its reasons, memory and bytes, the end."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+from ..cluster import Cluster, World
+from ..device import Device, resident_peak_bytes
+from ..models.base import Adapter
+from ..output.trace import Trace
+from ..planner.presets import to_keys
+from ..planner.reasons import seconds
+from ..terminal import say
+from ..transport import Network
+from ..transport.base import Traffic
+from .batch import Batch
+from .planner import Planner
+from .progress import Report, clock
+
+
+def log_processes(world: World, cluster: Cluster, report: Report | None) -> None:
+    """Names every rank's process in the log, for the person who looks for it on its host."""
+    mine = f"rank {world.rank}: node {cluster.node}, host {world.hostname}, pid {os.getpid()}"
+    for line in world.gather(mine.encode(), 0, "the processes"):
+        if report:
+            report.log.info(line.decode())
+
+
+def log_plan(planner: Planner, report: Report) -> None:
+    """What the plan follows from, what it is, and why it is no other."""
+    plan, costs = planner.batch, to_keys(planner.costs)
+    report.log.info("costs: %s", ", ".join(f"{key} {value:.3g}" for key, value in costs.items()))
+    report.log.info("plan: %s, about %s without reading and writing", plan, seconds(plan.makespan_s))
+    for other in plan.others:
+        report.log.info("not %s: %s", other, other.why)
+
+
+def warn_untimed(trace: Trace, device: Device, graph: bool, report: Report) -> None:
+    if graph and trace.level > 1 and device.clock and not device.clock.in_graphs:
+        report.log.warning(
+            "trace.level=2: this torch has no events in CUDA graphs, only passes are timed;"
+            " allowed: a later torch, or model.graph=false"
+        )
+
+
+def warn_unguided(batch: Batch, cfg: int, adapter: Adapter, report: Report) -> None:
+    """Such a video is not refused: in a file there may be both kinds."""
+    unguided = sum(not adapter.guided(job.sampling.guidance_scale) for job in batch.todo)
+    if cfg > 1 and unguided:
+        report.log.warning(
+            "cfg %d: %d of %d videos have no guidance, both halves compute the same for them",
+            cfg, unguided, len(batch.todo),
+        )  # fmt: skip
+
+
+def log_traffic(world: World, mine: Traffic, report: Report | None) -> None:
+    """What the attention of all ranks moved since they were connected, by link class. Collective."""
+    every = [json.loads(text) for text in world.gather(json.dumps(vars(mine)).encode(), 0, "the bytes that were moved")]
+    if report:
+        inter, intra = (sum(each[link] for each in every) / 1e9 for link in ("inter", "intra"))
+        report.log.info("moved by attention: %.3g GB between nodes, %.3g GB inside them", inter, intra)
+
+
+def log_memory(
+    world: World, device: Device, network: Network, denoising: int, planned: int, report: Report | None
+) -> None:
+    """The most that a rank held, beside what was planned.
+
+    denoising: of the device's, while no video was decoded; planned: what the process held before included.
+    """
+    symmetric = network.peak_bytes()
+    ours = (resident_peak_bytes(), device.peak_bytes() + symmetric, denoising + symmetric, planned)
+    resident, peak, denoised, planned_gib = (world.largest(n, "the end of the batch") / 2**30 for n in ours)
+    if report:
+        plan = f", {planned_gib:.2f} GiB planned"
+        report.log.info("peak memory: %.2f GiB on the largest rank%s", resident, "" if device.cuda else plan)
+        if device.cuda:
+            whole = f"; {peak:.2f} GiB in all"
+            report.log.info(
+                "peak GPU memory: %.2f GiB on the largest rank while it denoised%s%s", denoised, plan, whole
+            )
+
+
+def summary(folder: Path, report: Report, there: int, shared: bool) -> None:
+    text = f"{report.done} videos done in {clock(report.seconds)}"
+    text += f", {there} were there" * bool(there)
+    text += f", {report.failed} failed (see job.h5 and run.log)" * bool(report.failed)
+    if report.pending:
+        text += f", {report.pending} {'by other runs' if shared else 'not begun (failures.max)'}"
+    report.log.info(text)
+    say(f"hpcdit: {text}: {folder / 'videos'}", sys.stdout)
