@@ -8,7 +8,7 @@ Exit codes: 0 all are; 1 some are not, a line for each; 2 bad input. Needs jsons
 import argparse
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -56,7 +56,7 @@ def faults(path: Path, schema: Any) -> Iterator[str]:
         with path.open("rb") as plain, h5py.File(plain, "r") as file:  # so HDF5 takes no lock
             yield from (f"{error.json_path}: {error.message:.200}" for error in schema.iter_errors(attributes(file)))
             yield from of_frames(file["frames"], json.loads(file.attrs["sampling"]))
-            yield from of_images(file["images"], file["frames"])
+            yield from of_images(file.get("images", {}), file["frames"])
             if file["trace/events"].dtype != EVENT:
                 yield "/trace/events: not a table of events"
     except (OSError, LookupError, ValueError, TypeError, RuntimeError) as error:
@@ -83,7 +83,7 @@ def of_frames(frames: h5py.Dataset, sampling: dict[str, Any]) -> Iterator[str]:
         frames[i]  # raises where it is damaged
 
 
-def of_images(images: h5py.Group, frames: h5py.Dataset) -> Iterator[str]:
+def of_images(images: Mapping[str, h5py.Dataset], frames: h5py.Dataset) -> Iterator[str]:
     if sorted(images) != [f"{i:05}" for i in range(len(frames))]:
         yield f"/images: {len(images)} pictures, not one a frame, 00000 to {len(frames) - 1:05}"
     for i, (name, image) in enumerate(sorted(images.items())):

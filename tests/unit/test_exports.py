@@ -170,11 +170,13 @@ def test_a_file_without_a_trace_is_one_line(tmp_path: Path, capsys: pytest.Captu
     assert capsys.readouterr().err.count("\n") == 1
 
 
-def test_a_whole_video_is_valid(video: Path) -> None:
-    assert validate.main([str(video)]) == 0
+@pytest.mark.parametrize("image", ["", "0f" * 32])
+def test_a_whole_video_is_valid(image: str, tmp_path: Path) -> None:
+    store.write_video(tmp_path / "v.h5", FRAMES, replace(WHOLE, image=image), EVENTS)
+    assert validate.main([str(tmp_path / "v.h5")]) == 0
 
 
-IMAGES = ("/images: 8 pictures", "/images/00003: not the frame")
+IMAGES = ("/images: 0 pictures", "/images: 8 pictures", "/images/00003: not the frame")
 
 
 def spoil(file: h5py.File, how: str) -> None:
@@ -188,6 +190,8 @@ def spoil(file: h5py.File, how: str) -> None:
         file.attrs["stranger"] = 1
     elif how == "image":
         del file["frames"].attrs["CLASS"]
+    elif how == "/images: 0 pictures":  # as earlier versions wrote them
+        del file["images"]
     elif how == "/images: 8 pictures":
         del file["images/00003"]
     elif how == "/images/00003: not the frame":
