@@ -10,7 +10,7 @@ import numpy as np
 
 from tests.checkpoints import WORDS, made_of, make_wan, stretch, write_picture
 
-PROMPTS = ("a red circle moving left on the sea", "grey", 3), ("the cat", "a red circle on the sky", 8)
+PROMPTS = ('a red circle moving left on the "sea"', "grey", 3), ("the cat", "a red circle on the sky", 8)
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class Example:
     """make: writes a checkpoint; size: frames, height and width; length: max_sequence_length; scale: of guidance, in
     so many steps.
 
-    options: how its pipeline is told beside; named: what it calls the scale.
+    options: how its pipeline is told beside; named: what it calls the scale, nothing where the checkpoint says it.
     """
 
     make: Callable[[Path], object]
@@ -40,16 +40,17 @@ class Example:
 
         pipe: Any = DiffusionPipeline.from_pretrained(folder)
         pipe.set_progress_bar_config(disable=True)
+        if not self.named:
+            pipe.tokenizer_max_length = self.length
         sizes = {"height": self.size[1], "width": self.size[2]} | ({} if self.images else {"num_frames": self.size[0]})
         made = pipe(
             prompt=prompt,
             **({"negative_prompt": negative} if self.guided else {}),
-            **{self.named: self.scale},
+            **({self.named: self.scale, "max_sequence_length": self.length} if self.named else {}),
             **sizes,
             **self.options,
             **({"image": load_image(str(picture(folder)))} if self.image else {}),
             num_inference_steps=self.steps,
-            max_sequence_length=self.length,
             generator=torch.Generator().manual_seed(seed),
             output_type="np",
         )
@@ -219,6 +220,40 @@ def mochi(tokenizer: Any) -> Any:
     return diffusers.MochiPipeline(scheduler, vae, t5(16, len(tokenizer)), tokenizer, transformer)
 
 
+def hunyuanvideo15(tokenizer: Any) -> Any:
+    import diffusers
+    from transformers import ByT5Tokenizer
+    from transformers.models.qwen2_5_vl import Qwen2_5_VLTextConfig, Qwen2_5_VLTextModel
+
+    transformer: Any = diffusers.HunyuanVideo15Transformer3DModel(
+        in_channels=9,
+        out_channels=4,
+        num_attention_heads=5,
+        attention_head_dim=16,
+        num_layers=2,
+        num_refiner_layers=1,
+        text_embed_dim=12,
+        text_embed_2_dim=14,
+        image_embed_dim=6,
+        rope_axes_dim=(4, 6, 6),
+        task_type="t2v",
+    )
+    vae: Any = diffusers.AutoencoderKLHunyuanVideo15(
+        latent_channels=4, block_out_channels=(8, 8, 8, 8, 8), layers_per_block=1
+    )
+    sizes = {"hidden_size": 12, "intermediate_size": 20, "num_hidden_layers": 3, "num_attention_heads": 2}
+    rope = {"rope_type": "default", "mrope_section": [1, 1, 1], "rope_theta": 10000.0}
+    text = {**sizes, "num_key_value_heads": 1, "vocab_size": len(tokenizer), "rope_parameters": rope}
+    llm = Qwen2_5_VLTextModel(Qwen2_5_VLTextConfig(**text, bos_token_id=None, eos_token_id=1))
+    # The pipeline cuts off as many tokens as the system's message has of the model's own tokenizer.
+    system = "{{ 'the ' * 108 if message.role == 'system' else message.content }}"
+    tokenizer.chat_template = "{% for message in messages %}" + system + "{% endfor %}"
+    letters = ByT5Tokenizer()
+    guider, scheduler = diffusers.ClassifierFreeGuidance(4.0), diffusers.FlowMatchEulerDiscreteScheduler(shift=5.0)
+    second = t5(14, len(letters)), letters
+    return diffusers.HunyuanVideo15Pipeline(llm, tokenizer, transformer, vae, scheduler, *second, guider)
+
+
 def qwenimage(tokenizer: Any) -> Any:
     import diffusers
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
@@ -267,6 +302,7 @@ EXAMPLES = {
     "flux": Example(partial(make, build=flux), (1, 48, 80), guided=False, images=True),
     "ltx": Example(partial(make, build=ltx), (17, 96, 160)),
     "hunyuanvideo": Example(partial(make, build=hunyuanvideo), (5, 48, 80), guided=False),
+    "hunyuanvideo15": Example(partial(make, build=hunyuanvideo15), (5, 32, 48), length=21, named=""),
     "mochi": Example(partial(make, build=mochi), (7, 32, 48), length=23),
     "qwenimage": Example(partial(make, build=qwenimage), (1, 48, 80), named="true_cfg_scale", images=True),
 }

@@ -41,6 +41,7 @@ class Component:
 
     weights: what its weight files are called, "" where it has none; config: the file with its configuration; needed:
     whether every checkpoint of the family has it. defaults: diffusers' own, for keys that its configuration leaves out.
+    vocabulary: of a tokenizer, whether it has one, rather than taking bytes for tokens.
     """
 
     library: str
@@ -49,6 +50,7 @@ class Component:
     config: str = "config.json"
     needed: bool = True
     defaults: Mapping[str, Any] | None = None
+    vocabulary: bool = True
 
 
 def parts(**components: Component) -> Mapping[str, Component]:
@@ -66,10 +68,10 @@ def encoder(*classes: str, needed: bool = True) -> Component:
     return Component(TRANSFORMERS, classes, "model", needed=needed)
 
 
-def tokenizer(*classes: str) -> Component:
+def tokenizer(*classes: str, vocabulary: bool = True) -> Component:
     """Of one of these classes, or of those that transformers puts in their place."""
     replaced = "TokenizersBackend", "PreTrainedTokenizerFast", "AutoTokenizer"
-    return Component(TRANSFORMERS, (*classes, *replaced), config="tokenizer_config.json")
+    return Component(TRANSFORMERS, (*classes, *replaced), config="tokenizer_config.json", vocabulary=vocabulary)
 
 
 def processor(*classes: str) -> Component:
@@ -90,7 +92,7 @@ class Family(ABC):
     what the transformer calls those parts of an encoded prompt in which two predictions differ. masked: whether keys
     are left out of attention, which no CUDA graph can be made of. layers: keys of the transformer's configuration that
     count layers, and the weights of such a layer that make its queries. patch: latents of a token, where the pipeline
-    takes and gives tokens.
+    takes and gives tokens. calls_back: whether the pipeline tells of the end of each step.
     """
 
     pipelines: tuple[str, ...]
@@ -101,6 +103,7 @@ class Family(ABC):
     masked: bool = False
     layers: Mapping[str, str] = {"num_layers": "transformer_blocks.{}.attn.to_q.weight"}
     patch: tuple[int, int, int] | None = None
+    calls_back: bool = True
 
     @abstractmethod
     def check(self, index: "Config", found: Mapping[str, "Config"]) -> None:
@@ -165,6 +168,10 @@ class Family(ABC):
     def unpack(self, latents: "Tensor", sizes: tuple[int, ...]) -> "Tensor":
         """Undoes `pack`; sizes: C, f, h, w."""
         return unpacked(latents, sizes, self.patch) if self.patch else latents
+
+    def guide(self, pipe: Any, scale: float) -> dict[str, Any]:
+        """How the pipeline is told the guidance scale."""
+        return {self.scale: scale}
 
     def options(self, pipe: Any, latents: "Tensor", image: Any, seeds: tuple[int, ...]) -> dict[str, Any]:
         """What the pipeline is told beside prompts, sizes, steps, scale and latents [B, C, f, h, w].

@@ -31,12 +31,13 @@ class ModelShape:
     time and along height and width; max_patches: tokens in one direction that its rotary table has rows for;
     multiple: what the family's pipeline asks of height and width beyond that; ffn_dim: width of the feed-forward
     layers. images: whether it makes images, which are videos of one frame; image: whether it starts from one; joint:
-    whether the text's tokens are attended together with the video's, in one sequence; text: the only
-    max_sequence_length that the model takes, 0 where it is free; only: the only height and width, where they are not
-    free; most: the largest, where each has a table of its own; before: latent frames that are denoised before those of
-    the video, to make whole patches. classifier_free: whether guidance takes two predictions. weights, vae_weights:
-    numbers in all that is loaded but the VAE, and in the VAE, which stays in float32; layer_weights, largest_layer: in
-    all layers of the transformers, and in the largest; 0 where there is no checkpoint.
+    whether the text's tokens are attended together with the video's, in one sequence; beside: tokens of the
+    text beside those of max_sequence_length; text: the only max_sequence_length that the model takes, 0 where it is
+    free; only: the only height and width, where they are not free; most: the largest, where each has a table of its
+    own; before: latent frames that are denoised before those of the video, to make whole patches. classifier_free:
+    whether guidance takes two predictions. weights, vae_weights: numbers in all that is loaded but the VAE, and in the
+    VAE, which stays in float32; layer_weights, largest_layer: in all layers of the transformers, and in the largest; 0
+    where there is no checkpoint.
     """
 
     layers: int
@@ -52,6 +53,7 @@ class ModelShape:
     images: bool = False
     image: bool = False
     joint: bool = False
+    beside: int = 0
     text: int = 0
     only: tuple[int, int] | None = None
     most: tuple[int, int] | None = None
@@ -77,7 +79,8 @@ class ModelShape:
 
     def length(self, num_frames: int, height: int, width: int, max_sequence_length: int) -> int:
         """Length L of the sequence that self-attention sees, for a video of a legal size."""
-        return self.tokens(num_frames, height, width) + (max_sequence_length if self.joint else 0)
+        text = max_sequence_length + self.beside if self.joint else 0
+        return self.tokens(num_frames, height, width) + text
 
     def guided(self, guidance_scale: float) -> bool:
         """Whether this guidance scale takes two predictions a step, as all pipelines of diffusers have it."""
@@ -176,7 +179,9 @@ def _inspect(folder: Path) -> ModelFolder:
         parts[part] = configs.read_config(folder / part / component.config, component.defaults or {})
         if component.weights and component.library == "diffusers":
             configs.check_class(parts[part], component)
-        files += _tokenizer(folder / part) if component.config == TOKENIZER else [parts[part].path]
+        files += (
+            _tokenizer(folder / part, component.vocabulary) if component.config == TOKENIZER else [parts[part].path]
+        )
     configs.check_scheduler(parts["scheduler"])
     family.check(index, parts)
     weights = {part: _weights(folder, part, c) for part, c in components.items() if c.weights}
@@ -237,11 +242,11 @@ def _weights(folder: Path, part: str, component: Component) -> Weights:
     return find(folder / part, component.weights, index_first=component.library == "diffusers")
 
 
-def _tokenizer(folder: Path) -> list[Path]:
-    """The tokenizer's files. Raises InputError where one is not whole, or none of them holds a vocabulary."""
+def _tokenizer(folder: Path, vocabulary: bool) -> list[Path]:
+    """The tokenizer's files. Raises InputError where one is not whole, or none of them holds a `vocabulary`."""
     names = (path.name for path in folder.iterdir() if not path.name.startswith("."))
     files = [folder / name for name in sorted(names) if name.endswith((".json", ".model"))]
-    if not {path.name for path in files} & {"tokenizer.json", "spiece.model", "vocab.json"}:
+    if vocabulary and not {path.name for path in files} & {"tokenizer.json", "spiece.model", "vocab.json"}:
         raise InputError(f"{folder}: no vocabulary; allowed: a tokenizer.json or a spiece.model")
     for path in files:
         if path.suffix == ".json":

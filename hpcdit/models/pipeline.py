@@ -4,6 +4,9 @@ Text encoding, noise, denoising loop, guidance and scheduler are the pipeline's.
 shared out, see `split`. All of it by diffusers' and torch's public hooks; what is a family's own its `Family` says.
 """
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import count
 from typing import Any, Self
 
 import diffusers
@@ -138,22 +141,42 @@ class PipelineAdapter(Adapter):
         negative = conditions.negative if guided else None
         self._begin(sequence, halves, negative, noise.shape)
         try:
-            with resumed(self._pipe.scheduler, start, latents):
+            with resumed(self._pipe.scheduler, start, latents), self._called_back(on_step_end):
                 found = self._pipe(
                     **conditions.prompt,
                     **{f"negative_{name}": x for name, x in (negative or {}).items()},
-                    **{self._family.scale: guidance_scale},
+                    **self._family.guide(self._pipe, guidance_scale),
                     **self._sizes(noise),
                     **self._family.options(self._pipe, noise, conditions.image, seeds),
                     latents=latents,
                     num_inference_steps=steps,
                     output_type="latent",
                     return_dict=False,
-                    callback_on_step_end=on_step_end,
+                    **({"callback_on_step_end": on_step_end} if self._family.calls_back else {}),
                 )[0]
             return self._family.unpack(found, noise.shape[1:])
         finally:
             self._end()
+
+    @contextmanager
+    def _called_back(self, on_step_end: Callable[..., Any]) -> Iterator[None]:
+        """In the body, a pipeline that does not call back at the end of a step does so when its scheduler steps."""
+        scheduler = self._pipe.scheduler
+        compute, steps = scheduler.step, count()
+
+        def step(*args: Any, **options: Any) -> Any:
+            made = compute(*args, **options)
+            on_step_end(self._pipe, next(steps), None, {"latents": made[0]})
+            return made
+
+        if self._family.calls_back:
+            yield
+            return
+        scheduler.step = step
+        try:
+            yield
+        finally:
+            del scheduler.step
 
     def _sizes(self, latents: Tensor) -> dict[str, int]:
         frames, rows, columns = latents.shape[2:]

@@ -90,6 +90,7 @@ def test_a_checkpoint_that_is_not_whole_or_of_another_kind_is_refused(
         ("mochi", "vae", "temporal_expansions", [1, 2, 2], "[1, 2, 3], as the pipeline takes them to be"),
         ("mochi", "vae", "latents_mean", [0.0], "null or 12 numbers"),
         ("mochi", "transformer", "text_embed_dim", 12, "16, the text encoder's d_model"),
+        ("hunyuanvideo15", "transformer", "text_embed_2_dim", 12, "14, of text_encoder_2"),
         ("cogvideox-image", "transformer", "in_channels", 4, "8, of the VAE's 4 latent_channels"),
         ("cogvideox-image", "transformer", "use_rotary_positional_embeddings", False, "true, as in 5B and 1.5"),
         ("cogvideox15", "transformer", "patch_size_t", 3, "null or 2"),
@@ -102,6 +103,12 @@ def test_parts_that_do_not_fit_are_refused(
     folder = shutil.copytree(checkpoints / name, tmp_path / name)
     edit(folder / part / "config.json", **{key: value})
     assert refusal(folder) == f"{part}/config.json: {key}: {value} is not supported; allowed: {allowed}"
+
+
+def test_a_guider_that_leaves_steps_unguided_is_refused(checkpoints: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(checkpoints / "hunyuanvideo15", tmp_path / "model")
+    edit(folder / "guider" / "guider_config.json", start=0.2)
+    assert refusal(folder) == "guider/guider_config.json: start: 0.2 is not supported; allowed: 0.0"
 
 
 def test_a_picture_is_encoded_whatever_type_the_model_computes_in(checkpoints: Path) -> None:

@@ -62,13 +62,13 @@ class Mochi(Family):
         )
 
     def split(self, model: Any, split: "Split") -> None:
+        from ..joint import Joint
         from ..split import TEXT, VIDEO, Cut, Part
-        from .mochi_attention import attention
 
         first, rotary = {"hidden_states": VIDEO, "encoder_hidden_states": TEXT}, Cut(Part.VIDEO, dim=0)
         split.blocks(model.transformer_blocks, first, {"image_rotary_emb": rotary}, mask="encoder_attention_mask")
         for block in model.transformer_blocks:
-            block.attn1.processor = attention
+            block.attn1.processor = Joint(_turned)
             split.share(block.attn1)
         split.end(model.proj_out)
 
@@ -87,6 +87,15 @@ class Mochi(Family):
             return pipe.vae.decode(latents / config.scaling_factor, return_dict=False)[0]
         mean, std = (latents.new_tensor(x).view(1, -1, 1, 1, 1) for x in (config.latents_mean, config.latents_std))
         return pipe.vae.decode(latents * std / config.scaling_factor + mean, return_dict=False)[0]
+
+
+def _turned(x: "Tensor", tables: "tuple[Tensor, Tensor]") -> "Tensor":
+    """As MochiAttnProcessor2_0 does it; tables: [tokens, H, D/2], since each head has its own."""
+    from torch import stack
+
+    cos, sin = tables
+    even, odd = x[..., 0::2].float(), x[..., 1::2].float()
+    return stack([(even * cos - odd * sin).to(x.dtype), (even * sin + odd * cos).to(x.dtype)], -1).flatten(-2)
 
 
 FAMILY = Mochi()

@@ -1,0 +1,43 @@
+"""Joint attention of video and text, for families whose own processors do more than attend: they look at the mask."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Tables = tuple[Tensor, Tensor]
+
+
+class Joint:
+    """The processor of an attention layer of diffusers that has projections of its own for text.
+
+    Its steps are diffusers' own, without what is done about the text's padding: `split` leaves that out as keys, for
+    all videos of a batch at once, and what comes out for it nobody looks at.
+    """
+
+    def __init__(self, turned: Callable[[Tensor, Tables], Tensor]) -> None:
+        """turned: the rotary embedding of x, [B, tokens, H, D], by the tables that the transformer gives."""
+        self._turned = turned
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        attention_mask: None,
+        image_rotary_emb: Tables,
+    ) -> tuple[Tensor, Tensor]:
+        """Of [B, tokens, C] of video and of text: the two as they come out."""
+        layers = (attn.to_q, attn.to_k, attn.to_v), (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
+        q, k, v = (layer(hidden_states).unflatten(2, (attn.heads, -1)) for layer in layers[0])
+        text_q, text_k, text_v = (layer(encoder_hidden_states).unflatten(2, (attn.heads, -1)) for layer in layers[1])
+        q, k = (self._turned(x, image_rotary_emb) for x in (attn.norm_q(q), attn.norm_k(k)))
+        pairs = (q, attn.norm_added_q(text_q)), (k, attn.norm_added_k(text_k)), (v, text_v)
+        q, k, v = (torch.cat(pair, dim=1).transpose(1, 2) for pair in pairs)
+        out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        video, text = out.split([hidden_states.shape[1], encoder_hidden_states.shape[1]], dim=1)
+        for layer in attn.to_out:
+            video = layer(video)
+        return video, text if attn.context_pre_only else attn.to_add_out(text)
