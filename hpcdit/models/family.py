@@ -149,8 +149,8 @@ class Family(ABC):
 
     def compile(self, transformer: Any) -> None:
         """On a GPU, with model.compile: what torch.compile is to make of it: here, its layers one by one."""
-        for name in self.layers.values():  # diffusers' compile_repeated_blocks knows those of some classes only
-            for block in transformer.get_submodule(name.partition(".{}")[0]):
+        for name in self.layer_lists():  # diffusers' compile_repeated_blocks knows those of some classes only
+            for block in transformer.get_submodule(name):
                 block.compile(dynamic=False)
 
     @abstractmethod

@@ -32,6 +32,7 @@ PROGRAM = (
     "flux",
     "ltx",
     "hunyuanvideo",
+    "hunyuanvideo15",
     "mochi",
     "qwenimage",
 )
