@@ -11,6 +11,7 @@ from hpcdit.attention.schedule import Shape
 from hpcdit.mesh import cut
 from tests.attention_cases import UNTIMED
 from tests.local import LocalTransport, on_ranks
+from tools.bench.loading import peak, together
 from tools.bench.paced import PacedKernels, expected
 from tools.bench.paper import cogvideox, flux
 from tools.bench.tables import Cell, gain, order, summary, table
@@ -100,3 +101,11 @@ def test_the_papers_workloads_have_the_tokens_of_their_models() -> None:
     assert [flux(3072), flux(4096)] == [192 * 192 + 512, 256 * 256 + 512]
     # 161 and 321 frames, of which the first and then every four make one.
     assert [cogvideox(20), cogvideox(40)] == [41 * 1350 + 226, 81 * 1350 + 226]
+
+
+def test_the_peak_of_several_processes_is_of_the_same_moment() -> None:
+    one = [(0.0, 10, 0, 0), (2.0, 70, 0, 0), (4.0, 10, 0, 0)]
+    other = [(0.0, 20, 0, 0), (1.0, 90, 0, 0), (1.5, 5, 0, 0), (3.0, 25, 0, 0)]
+    assert peak([one, other]) == 100  # 10 and 90; never 70 and 90
+    assert peak([[(0.0, 1, 30, 100)], [(0.0, 2, 30, 0)]]) == 103  # of a file of 100 two have mapped some
+    assert together([(1, 60, 100), (2, 60, 0)]) == 123

@@ -1,17 +1,22 @@
 """Layers that are brought when their turn comes compute what they computed where they were loaded."""
 
+import os
 import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
 from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from hpcdit.errors import InputError
 from hpcdit.models.layers import Layers
-from hpcdit.transport.shelf import PAGE, places, room
+from hpcdit.transport.shelf import PAGE, HostShelf, places, room
 
 WIDTH = 6
 
@@ -116,6 +121,15 @@ def test_what_a_rank_has_itself_is_used_where_it_lies() -> None:
     for _ in range(2):
         transformer(torch.randn(1, WIDTH))
     assert [said for said in log if "fetch" in said] == ["fetch 1", "fetch 3"]  # both stay, there is room for two
+
+
+def test_a_host_without_room_for_shared_layers_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    shelf: Any = SimpleNamespace(_sizes=[1 << 30, 3 << 30], _cluster=SimpleNamespace(node_comm=SimpleNamespace(size=2)))
+    for blocks, ranks, fits in ((1 << 20, 2, True), ((1 << 20) - 1, 2, False), (1 << 20, 3, False)):
+        monkeypatch.setattr(os, "statvfs", lambda path, n=blocks: SimpleNamespace(f_bavail=n, f_frsize=4096))
+        refused = pytest.raises(InputError, match=r"^model\.layers: .* GB; allowed: a larger /dev/shm")
+        with nullcontext() if fits else refused:
+            HostShelf._check_room(shelf, ranks)
 
 
 @given(st.lists(st.integers(0, 3 * PAGE), max_size=20), st.integers(1, 5))
