@@ -253,12 +253,27 @@ def test_a_request_to_stop_ends_the_run_with_75_and_it_can_be_resumed(grace_s: i
     assert len(finished(tmp_path / "out")) == 3 and before.items() <= finished(tmp_path / "out").items()
 
 
-@pytest.mark.parametrize("killed_after", [8, 20], ids=["in a step", "in decode"])
-def test_a_killed_run_goes_on_from_its_checkpoint_with_the_same_frames(killed_after: int, tmp_path: Path) -> None:
-    steps = 20
-    file = prompts(tmp_path / "p.txt", CAPTIONS[:1])
+def one_video(folder: Path, steps: int) -> tuple[str, ...]:
+    file = prompts(folder / "p.txt", CAPTIONS[:1])
     layout = ("parallel.method=ring", "parallel.groups=1", *TOGETHER)  # what is measured decides nothing
-    args = (f"prompts={file}", f"sampling.steps={steps}", "checkpoint.seconds=0", *layout)
+    return f"prompts={file}", f"sampling.steps={steps}", "checkpoint.seconds=0", *layout
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output of a run of one video in 20 steps that nobody has killed."""
+    folder = tmp_path_factory.mktemp("unbroken")
+    ended = run(2, "output.dir=out", *one_video(folder, 20), cwd=folder)
+    assert ended.returncode == 0 and not (folder / "out" / "checkpoints").exists(), ended.stderr
+    return folder / "out"
+
+
+@pytest.mark.parametrize("killed_after", [8, 20], ids=["in a step", "in decode"])
+def test_a_killed_run_goes_on_from_its_checkpoint_with_the_same_frames(
+    killed_after: int, unbroken: Path, tmp_path: Path
+) -> None:
+    steps = 20
+    args = one_video(tmp_path, steps)
     with Running(2, *args, cwd=tmp_path) as program:
         program.until("starts")
         while (at := step_of(program.out / "checkpoints")) < killed_after:
@@ -271,10 +286,8 @@ def test_a_killed_run_goes_on_from_its_checkpoint_with_the_same_frames(killed_af
     assert again.returncode == 0, again.stderr
     (before,) = re.findall(r"goes on after step (\d+)", program.log)
     assert killed_after <= int(before) <= steps and not (tmp_path / "out" / "checkpoints").exists()
-    unbroken = run(2, "output.dir=whole", *args, cwd=tmp_path)
-    assert unbroken.returncode == 0 and not (tmp_path / "whole" / "checkpoints").exists()
     (name,) = finished(tmp_path / "out")
-    with h5py.File(tmp_path / "out/videos" / name) as a, h5py.File(tmp_path / "whole/videos" / name) as b:
+    with h5py.File(tmp_path / "out/videos" / name) as a, h5py.File(unbroken / "videos" / name) as b:
         assert (a["frames"][:] == b["frames"][:]).all()
         assert json.loads(a.attrs["plan"])["first_step"] == int(before)
 

@@ -45,7 +45,7 @@ def problems(draw: st.DrawFn) -> tuple[Case, tuple[int, ...], bool]:
     )
 
 
-@settings(max_examples=300, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=220, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 @given(problems())
 def test_every_method_equals_torch_attention_in_float64(problem: tuple[Case, tuple[int, ...], bool]) -> None:
     case, nodes, apart = problem
