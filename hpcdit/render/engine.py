@@ -24,9 +24,10 @@ from .checkpoints import Checkpoints, join, unpack
 from .denoising import Denoiser
 from .groups import Halves
 from .manifest import Job
+from .memory import release
 from .queue import Queue
 from .stages import Denoised, Finisher
-from .together import GivenUp, Together, release
+from .together import GivenUp, Together
 
 
 @dataclass

@@ -30,6 +30,7 @@ from .checkpoints import Checkpoints
 from .decoding import RowDecoder, row_decoder
 from .engine import Engine
 from .groups import Groups, Halves
+from .memory import keep_freed
 from .plan import shelves, workload
 from .planner import Planner
 from .progress import Report, open_log
@@ -49,6 +50,7 @@ def render(config: Config, world: World, cluster: Cluster, batch: Batch, stop: S
     """
     folder = Path(config.output.dir)
     torch.set_num_threads(world.cores)
+    keep_freed()
     with ExitStack() as stack:
         shared = config.queue.claims
         world.agree(lambda: stack.enter_context(output_folder(folder, shared)) and None, "the output folder")

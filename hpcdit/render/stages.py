@@ -22,7 +22,8 @@ from ..output.summary import Summary
 from ..output.trace import EVENT, Trace
 from .decoding import RowDecoder, check_latents
 from .manifest import Job
-from .together import GivenUp, release, short_of_memory, told
+from .memory import release
+from .together import GivenUp, short_of_memory, told
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ The others of a group wait for a rank's blocks in the middle of a step. So a ran
 rest of the step without computing (`Position.drain`), and at its end all agree on what is next (`Together.agree`).
 """
 
-import gc
 import json
 import math
 import traceback
@@ -147,10 +146,3 @@ class Position:
             self.sequence.drain(self.layers)
         if self.halves and self.halves.swaps == swaps:
             self.halves.drain(junk)
-
-
-def release() -> None:
-    """Gives up memory that nobody holds any more, of the device as well."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
