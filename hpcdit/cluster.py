@@ -62,7 +62,8 @@ class World(Group):
                 raise InputError(why)
         with alarm(START_S):
             ranks, hosts = self._find_hosts(comm)
-            life = Life(Heartbeats(ranks, self.host_comm, hosts), Service(self._beat, self._fail), self._threads())
+            threads, self.spare = self._threads()
+            life = Life(Heartbeats(ranks, self.host_comm, hosts), Service(self._beat, self._fail), threads)
         super().__init__(ranks, range(ranks.size), hosts, life)
         self.service.start()
 
@@ -79,12 +80,15 @@ class World(Group):
         self.host_comm, self.hostname = real, socket.gethostname()
         return ranks, [order.index(leader) for leader in sorted(first.tolist(), key=order.index)]
 
-    def _threads(self) -> int:
-        """Cores of the host / ranks of the host, unless OMP_NUM_THREADS says otherwise."""
-        if (asked := os.environ.get("OMP_NUM_THREADS", "").split(",")[0]).isdigit() and int(asked) > 0:
-            return int(asked)
-        cores = set().union(*self.host_comm.allgather(sorted(os.sched_getaffinity(0))))
-        return max(1, len(cores) // self.host_comm.size)
+    def _threads(self) -> tuple[int, bool]:
+        """Threads of this rank, and whether the ranks' threads leave a core of the host to others.
+
+        Cores of the host / ranks of the host, unless OMP_NUM_THREADS says otherwise.
+        """
+        cores = len(set().union(*self.host_comm.allgather(sorted(os.sched_getaffinity(0)))))
+        asked = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]
+        threads = int(asked) if asked.isdigit() and int(asked) > 0 else max(1, cores // self.host_comm.size)
+        return threads, sum(self.host_comm.allgather(threads)) < cores
 
     def _beat(self) -> None:
         self._life.beats.beat()

@@ -130,7 +130,7 @@ def _render(
     film = None
     if config.output.video == "mp4":
         film = films.encoder(device, batch.todo[0].sampling, report.log.info if report else lambda text: None)
-    finisher = _finisher(config, world, device, adapter, provenance, beside, stack, decoder, film)
+    finisher = _finisher(config, world, groups, device, adapter, provenance, beside, stack, decoder, film)
     checkpoints = _checkpoints(config, batch, groups, stack)
     dtype = getattr(torch, config.model.dtype)
     # What belongs to no video is the job's trace.
@@ -177,9 +177,11 @@ def _close(decoder: RowDecoder | None, halves: Halves | None, groups: Groups, ne
 
 
 def _finisher(
-    config: Config, world: World, device: Device, adapter: Adapter, provenance: Provenance, trace: Trace,
-    stack: ExitStack, rows: RowDecoder | None, film: Encoder | None,
+    config: Config, world: World, groups: Groups, device: Device, adapter: Adapter, provenance: Provenance,
+    trace: Trace, stack: ExitStack, rows: RowDecoder | None, film: Encoder | None,
 ) -> Finisher:  # fmt: skip
+    # Beside a rank that has no peers to wait for, on cores that are all taken, decoding only spoils the caches.
+    in_turn = not device.cuda and groups.replica.size == 1 and not world.spare
     finisher = Finisher(
         adapter,
         device,
@@ -192,6 +194,7 @@ def _finisher(
         config.queue.claims,
         config.grace_s / 2,
         rows,
+        in_turn,
     )
     stack.callback(finisher.close)
     return finisher

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import numpy as np
@@ -74,13 +75,15 @@ class Finisher:
         shared: bool = False,
         unknown_s: float = 0.0,
         rows: RowDecoder | None = None,
+        in_turn: bool = False,
     ) -> None:
         """film: what makes MP4 files, where they are wanted; shared: other runs write into `folder`, too;
         unknown_s: what the first video is expected to take here.
 
-        rows: where all ranks of the group decode each video together; the owner writes it.
+        rows: where all ranks of the group decode each video together; the owner writes it. in_turn: the caller waits
+        while a video is decoded, and goes on while it is written.
         """
-        self.rows = rows
+        self.rows, self._in_turn = rows, in_turn
         self._unknown_s = unknown_s
         self._adapter, self._device = adapter, device
         self._folder, self._record, self._trace = folder, record, trace
@@ -96,7 +99,10 @@ class Finisher:
         """Queues a video; waits while one is queued already."""
         for earlier in self._running[:-1]:
             earlier.exception()
-        self._running.append(self._pool.submit(self._finish, video))
+        decoded = Event()
+        self._running.append(self._pool.submit(self._finish, video, decoded))
+        if self._in_turn:
+            decoded.wait()
 
     def expected_s(self, numbers: int) -> float:
         """What decode and write of so many numbers of latents will take."""
@@ -108,8 +114,14 @@ class Finisher:
         self._running = [future for future in self._running if future not in ended]
         return [asdict(result) for future in ended if (result := future.result())]
 
-    def _finish(self, video: Denoised) -> Result | None:
+    def _finish(self, video: Denoised, decoded: Event) -> Result | None:
         """How it ended; None where another rank of the group says so."""
+        try:
+            return self._finished(video, decoded)
+        finally:
+            decoded.set()
+
+    def _finished(self, video: Denoised, decoded: Event) -> Result | None:
         job, done = video.job, Result(video.job.id, "done", 0.0)
         start = time.perf_counter()
         try:
@@ -117,6 +129,7 @@ class Finisher:
             if self.rows.agreed(there, video.owner) if self.rows else there:
                 raise FileExistsError
             frames = self._decode(video)
+            decoded.set()
             events = self.rows.events(video.owner) if self.rows else np.empty(0, EVENT)
             if frames is not None:
                 check_picture(frames)
