@@ -145,8 +145,12 @@ def empty_disk(scene: Scene) -> None:
 def make_read_only(scene: Scene) -> Expected:
     disk = scene.folder / DISK
     if ROOT:  # nothing is denied to root but by a mount; over itself, since files are open on the disk
-        mount("--bind", str(disk), str(disk))
-        mount("-o", "remount,bind,ro", str(disk))
+        frozen = scene.folder / "frozen"  # made read-only aside: a mount refuses to while a file is written on it
+        frozen.mkdir(exist_ok=True)
+        mount("--bind", str(disk), str(frozen))
+        mount("-o", "remount,bind,ro", str(frozen))
+        mount("--bind", str(frozen), str(disk))
+        unmount(frozen)
     else:
         for place in _folders(disk):
             place.chmod(0o555)
