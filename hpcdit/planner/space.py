@@ -45,9 +45,16 @@ def layouts(group: Group, heads: int, fixed: Fixed, puts: bool = False) -> list[
 
     puts: as Costs.puts.
     """
+    families = list(_families(group, heads, fixed, puts))
+    if not families:
+        more = ", ".join(str(d) for d in divisors(group.size) if 1 < d <= heads)
+        raise InputError(
+            "parallel.method=torus with ulysses=1: there is one row of ranks, and none that could arrive meanwhile;"
+            f" allowed for {group.size} ranks: {f'parallel.ulysses={more}, or ' if more else ''}another method"
+        )
     found = [
         Layout(method, ulysses, ring, pieces, groups)
-        for method, ulysses, ring in _families(group, heads, fixed, puts)
+        for method, ulysses, ring in families
         for pieces in (_pieces(ulysses, fixed) if method == "torus" and group.size > 1 else (0,))
         for groups in _head_groups(ceil(heads / ulysses), group.size, fixed)
     ]
@@ -66,7 +73,8 @@ def _families(group: Group, heads: int, fixed: Fixed, puts: bool) -> Iterator[tu
         pairs = [(d, ranks // d) for d in divisors(ranks) if d <= heads]
     for ulysses, ring in pairs:
         if method != "auto":
-            yield method, ulysses, ring
+            if method != "torus" or ulysses > 1 or ranks == 1:
+                yield method, ulysses, ring
             continue
         if 1 in (ulysses, ring):
             yield "ulysses" if ring == 1 else "ring", ulysses, ring

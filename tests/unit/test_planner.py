@@ -225,6 +225,7 @@ def test_a_group_s_own_search_keeps_replicas_and_cfg() -> None:
         (Fixed("ulysses", ulysses=3, ring=2), "method ulysses on 6 ranks is ulysses=6 ring=1"),
         (Fixed(replicas=4), "parallel.replicas=4: groups of equal size are needed from 6 ranks"),
         (Fixed(replicas=3, cfg=4), "parallel.replicas=3 parallel.cfg=4"),
+        (Fixed("torus", 1, 1, ulysses=1), "allowed for 6 ranks: parallel.ulysses=2, 3, 6, or another method"),
         (Fixed(groups=13), "parallel.groups=13: a rank has fewer heads; allowed: 1 to 12"),
     ],
 )
