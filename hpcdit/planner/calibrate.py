@@ -12,7 +12,6 @@ import statistics
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +70,7 @@ def measure(cluster: Cluster, transport: Transport, device: Device, dtype: torch
         inter, spread = links(transport)
         beside = overlap(world, transport, device, inter, attending(device, dtype, head_dim))
     traffic.inter, traffic.intra = before
-    return Costs(inter, intra, **asdict(mine), spread=spread, overlap=beside, puts=transport.streams)
+    return Costs(**vars(mine), inter=inter, intra=intra, spread=spread, overlap=beside, puts=transport.streams)
 
 
 # Links

@@ -5,13 +5,13 @@ import os
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from ..device import Device
 from ..group import Group
+from .costs import Speeds
 from .measured import fit
 
 WHAT = "the measurement of the machine"
@@ -19,19 +19,6 @@ SECONDS = 0.08  # that one timing may take, about
 CALLS = 10  # of which one timing consists, at most
 QUERIES = (16, 40, 72, 136, 264, 512)  # of the attention calls that are timed: a little more than a tile, mostly
 QUERY_TILE = 128  # of the flash kernels for GPUs
-
-
-@dataclass(frozen=True)
-class Speeds:
-    """The fields of Costs that are of one rank alone."""
-
-    attention_flops: float
-    matmul_flops: float
-    call_s: float
-    lanes: int
-    tile: int
-    copy_bytes_per_s: float
-    memory_bytes: float
 
 
 def speeds(world: Group, device: Device, dtype: torch.dtype, head_dim: int) -> Speeds:

@@ -103,5 +103,5 @@ def test_a_cache_that_cannot_be_written_is_no_error(tmp_path: Path) -> None:
 
 
 def test_a_link_of_no_latency_and_costs_survive_json() -> None:
-    costs = Costs(Link(1e-7, 1e9), Link(1e-7, 1e9), 1e10, 1e10, 1e-5, 1, 1, 1e9, 1e9)
+    costs = Costs(1e10, 1e10, 1e-5, 1, 1, 1e9, 1e9, Link(1e-7, 1e9), Link(1e-7, 1e9))
     assert Costs.from_dict(json.loads(json.dumps(costs.to_dict()))) == costs

@@ -46,8 +46,6 @@ def everything(plan: Plan) -> list[Plan]:
 
 costs = st.builds(
     Costs,
-    st.builds(Link, st.floats(1e-6, 1e-4), st.floats(1e7, 1e11)),
-    st.builds(Link, st.floats(1e-6, 1e-5), st.floats(1e9, 1e12)),
     st.floats(1e10, 1e14),
     st.floats(1e10, 1e14),
     st.floats(1e-6, 1e-4),
@@ -55,6 +53,8 @@ costs = st.builds(
     st.sampled_from([1, 64, 128]),
     st.floats(1e9, 1e12),
     st.just(1e18),
+    st.builds(Link, st.floats(1e-6, 1e-4), st.floats(1e7, 1e11)),
+    st.builds(Link, st.floats(1e-6, 1e-5), st.floats(1e9, 1e12)),
     puts=st.booleans(),
 )
 clusters = st.sampled_from([(1, 1), (1, 2), (1, 4), (2, 1), (2, 2), (3, 1), (3, 2), (2, 3), (4, 1)])
@@ -326,7 +326,7 @@ from dataclasses import replace
 from tests.unit.test_planner import H100, TINY, WAN_14B, Costs, Link, on, plan_batch
 plans = [plan_batch(replace(WAN_14B, videos=videos), on(1024, 8), H100) for videos in (1, 1000)]
 # All layouts take the same time here.
-same = Costs(Link(0, 1e30), Link(0, 1e30), 1e12, 1e12, 0, 1, 1, 1e30, 1e30)
+same = Costs(1e12, 1e12, 0, 1, 1, 1e30, 1e30, Link(0, 1e30), Link(0, 1e30))
 plans.append(plan_batch(replace(TINY, tokens=64, guided=False), on(4, 4), same))
 print(*(p.describe() for p in plans), "torch" in sys.modules, sep="\\n")
 # ru_maxrss would be the parent's where that is larger.

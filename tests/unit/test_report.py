@@ -29,7 +29,7 @@ from tests.unit.test_store import EVENTS, FRAMES, RECORD
 WORK = Workload(
     tokens=4096, heads=8, head_dim=64, layers=4, ffn_dim=2048, steps=10, videos=8, guided=True, latents=65536
 )
-COSTS = Costs(Link(1e-4, 1e8), Link(1e-5, 1e10), 1e12, 1e12, 1e-5, 1, 1, 1e10, 1e12)
+COSTS = Costs(1e12, 1e12, 1e-5, 1, 1, 1e10, 1e12, Link(1e-4, 1e8), Link(1e-5, 1e10))
 PLAN: dict[str, Any] = {
     **asdict(Layout("ring", 1, 4)), "replicas": 1, "cfg": 1, "tokens": 4096, "batch": 1,
     "priced": {"costs": to_keys(COSTS), "work": asdict(WORK), "nodes": [0, 0, 1, 1]},

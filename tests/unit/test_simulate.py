@@ -14,7 +14,9 @@ from hpcdit.planner.simulate import Symmetry, simulate
 
 # Copies and the network inside a node cost nothing, so that the sums below are short.
 FREE = Link(0.0, 1e30)
-COSTS = Costs(Link(0.0, 1e6), FREE, 1e9, 1e9, 0.0, lanes=1, tile=1, copy_bytes_per_s=1e30, memory_bytes=1e12)
+COSTS = Costs(
+    1e9, 1e9, 0.0, lanes=1, tile=1, copy_bytes_per_s=1e30, memory_bytes=1e12, inter=Link(0.0, 1e6), intra=FREE
+)
 
 
 @st.composite
