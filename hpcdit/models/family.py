@@ -153,9 +153,14 @@ class Family(ABC):
             for block in transformer.get_submodule(name):
                 block.compile(dynamic=False)
 
-    @abstractmethod
     def encode(self, pipe: Any, text: str, limit: int) -> "tuple[Encoding, int]":
-        """An encoded prompt, and how many of its tokens were cut off; limit: max_sequence_length."""
+        """An encoded prompt, and how many of its tokens were cut off; limit: max_sequence_length.
+
+        Here: of a pipeline with one text encoder, that says which of its tokens count.
+        """
+        tokens = pipe.tokenizer(text, verbose=False).input_ids
+        encoded, mask, *_ = pipe.encode_prompt(text, None, False, max_sequence_length=limit)
+        return {"prompt_embeds": encoded, "prompt_attention_mask": mask}, max(len(tokens) - limit, 0)
 
     @abstractmethod
     def noise(self, pipe: Any, num_frames: int, height: int, width: int, generator: "Generator") -> "Tensor":

@@ -10,7 +10,6 @@ from ..loading import ModelFolder
 if TYPE_CHECKING:
     from torch import Generator, Tensor
 
-    from ..base import Encoding
     from ..split import Split
 
 TRANSFORMER = {
@@ -71,11 +70,6 @@ class Mochi(Family):
             block.attn1.processor = Joint(_turned)
             split.share(block.attn1)
         split.end(model.proj_out)
-
-    def encode(self, pipe: Any, text: str, limit: int) -> "tuple[Encoding, int]":
-        tokens = pipe.tokenizer(text, verbose=False).input_ids
-        encoded, mask, *_ = pipe.encode_prompt(text, None, False, max_sequence_length=limit)
-        return {"prompt_embeds": encoded, "prompt_attention_mask": mask}, max(len(tokens) - limit, 0)
 
     def noise(self, pipe: Any, num_frames: int, height: int, width: int, generator: "Generator") -> "Tensor":
         dtype = pipe.transformer.dtype
