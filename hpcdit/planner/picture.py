@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from .plans import Plan
 from .reasons import seconds, size
-from .simulate import Span
+from .timeline import Span
 
 WIDTH = 120
 ROWS = 8  # ranks that are drawn

@@ -10,8 +10,9 @@ from ..attention.schedule import Shape
 from .costs import Costs
 from .groups import Fixed, Group, groupings
 from .plans import Plan
-from .simulate import Timeline, simulate
+from .simulate import simulate
 from .space import Bound, alone, bound, simplicity
+from .timeline import Timeline
 from .workload import Workload
 
 UNEVEN = 8  # ranks of a group up to which uneven shares are simulated as they are

@@ -7,76 +7,14 @@ and all, do the same at the same time: of each class only one is simulated.
 
 import heapq
 from collections.abc import Sequence
-from dataclasses import dataclass
-from math import inf, lcm
-from typing import NamedTuple
+from math import inf
 
 from ..attention.schedule import Attend, Piece, Pull, Push, Schedule, Shape, Step, publishing
 from ..mesh import cut
 from .costs import Costs
 from .flows import Flow, Network
-
-EVERY_RANK = 64  # up to so many ranks of uneven shares are simulated each; above, all get the largest share
-
-
-class Span(NamedTuple):
-    """What a rank did: lane is compute, intra or inter; seconds from the start of the layer."""
-
-    rank: int
-    lane: str
-    name: str
-    start: float
-    end: float
-
-
-@dataclass(frozen=True)
-class Timeline:
-    """One attention layer. seconds: until the last rank has its o; compute_s: attention calls of the busiest rank.
-
-    inter_bytes: what crosses nodes, all ranks together; intra_bytes: what changes ranks inside nodes.
-    """
-
-    seconds: float
-    compute_s: float
-    inter_bytes: int
-    intra_bytes: int
-    spans: list[Span]
-
-    @property
-    def exposed_s(self) -> float:
-        """Seconds that the busiest rank does not attend."""
-        return self.seconds - self.compute_s
-
-
-class Symmetry:
-    """The classes of ranks that do the same: rank r and r + period, as shifts of the mesh that map nodes to nodes."""
-
-    def __init__(self, schedule: Schedule, shape: Shape, nodes: Sequence[int]) -> None:
-        self.size, self.mesh, self.groups = schedule.mesh.size, schedule.mesh, schedule.groups
-        self.period = self._period(schedule, nodes)
-        ulysses = schedule.mesh.extent("ulysses")
-        self.even = shape.length % self.size == 0 and shape.heads % ulysses == 0
-        if not self.even and self.size <= EVERY_RANK:
-            self.period = self.size
-        self._ulysses = [self.mesh.coords(rank).get("ulysses", 0) for rank in range(self.size)]
-
-    def _period(self, schedule: Schedule, nodes: Sequence[int]) -> int:
-        outer, inner = (*(extent for _, extent in schedule.mesh.axes), 1)[:2] if schedule.mesh.axes else (1, 1)
-        count = nodes[-1] + 1
-        per_node = self.size // count if count > 1 else 1
-        if count > 1 and tuple(nodes) != tuple(rank // per_node for rank in range(self.size)):
-            return self.size
-        return per_node if outer == 1 else lcm(per_node, inner)
-
-    def of(self, rank: int, piece: Piece) -> tuple[int, Piece]:
-        """The rank that stands for `rank`, and the piece that is to it what `piece` is to `rank`."""
-        twin = rank % self.period
-        if twin == rank:
-            return rank, piece
-        ulysses = self.mesh.extent("ulysses")
-        u, group = divmod(piece.heads, self.groups)
-        u = (u + self._ulysses[twin] - self._ulysses[rank]) % ulysses
-        return twin, Piece(piece.tensor, (piece.tokens + twin - rank) % self.size, u * self.groups + group)
+from .symmetry import Symmetry
+from .timeline import Span, Timeline
 
 
 def simulate(schedule: Schedule, shape: Shape, nodes: Sequence[int], costs: Costs, itemsize: int) -> Timeline:

@@ -10,7 +10,7 @@ from ..errors import InputError
 from ..mesh import cut
 from .costs import Costs
 from .groups import Fixed, Group, divisors
-from .simulate import Span, Timeline
+from .timeline import Span, Timeline
 from .workload import Workload
 
 HEAD_GROUPS = (1, 2, 3, 4)

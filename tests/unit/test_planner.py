@@ -22,8 +22,8 @@ from hpcdit.planner.plans import Plan
 from hpcdit.planner.presets import to_costs
 from hpcdit.planner.price import Candidate, Pricer, timeline
 from hpcdit.planner.search import NEAR, legal, plan_batch, plan_group
-from hpcdit.planner.simulate import Span
 from hpcdit.planner.space import alone, bound, layouts
+from hpcdit.planner.timeline import Span
 from hpcdit.planner.workload import Workload
 
 

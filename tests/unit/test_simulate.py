@@ -10,7 +10,8 @@ from hpcdit.attention.methods import METHODS, Layout
 from hpcdit.attention.schedule import Attend, Piece, Shape, traffic
 from hpcdit.planner.costs import Costs, Link
 from hpcdit.planner.flows import Flow, Network
-from hpcdit.planner.simulate import Symmetry, simulate
+from hpcdit.planner.simulate import simulate
+from hpcdit.planner.symmetry import Symmetry
 
 # Copies and the network inside a node cost nothing, so that the sums below are short.
 FREE = Link(0.0, 1e30)

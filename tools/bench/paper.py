@@ -18,7 +18,8 @@ from hpcdit.attention.methods import Layout, degrees
 from hpcdit.attention.schedule import Shape
 from hpcdit.planner.costs import Costs, Link
 from hpcdit.planner.presets import to_costs
-from hpcdit.planner.simulate import Timeline, simulate
+from hpcdit.planner.simulate import simulate
+from hpcdit.planner.timeline import Timeline
 from hpcdit.planner.workload import Workload
 
 PRESETS = Path(__file__).parents[2] / "conf" / "cluster"

@@ -12,8 +12,8 @@ from ...planner.plans import Plan
 from ...planner.presets import to_costs
 from ...planner.price import Candidate, Pricer
 from ...planner.search import plan_batch
-from ...planner.simulate import Timeline
 from ...planner.space import bound
+from ...planner.timeline import Timeline
 from ...planner.workload import PASSES, Workload
 
 WORTH = 0.01  # the share of the batch's time that an override has to save to be told of
