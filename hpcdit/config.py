@@ -18,7 +18,8 @@ from hpcdit.keys import FREE_TEXT, RULES, SAMPLING_RULES
 
 @dataclass(frozen=True)
 class Sampling:
-    """How one video is made: sizes in pixels, fps in frames a second, max_sequence_length in tokens."""
+    """How one video is made: sizes in pixels, fps in frames a second, max_sequence_length in tokens; scheduler: its
+    class, "" for the checkpoint's own."""
 
     num_frames: int
     height: int
@@ -28,6 +29,7 @@ class Sampling:
     seed: int
     fps: int
     max_sequence_length: int
+    scheduler: str = ""
 
 
 @dataclass(frozen=True)
@@ -214,7 +216,7 @@ def resolve_sampling(config: Config, family: str) -> Sampling:
     """
     file = conf_dir() / "model" / f"{family}.yaml"
     of_family: dict[str, Any] = dict(OmegaConf.load(file).sampling) if file.is_file() else {}
-    values = {**of_family, **config.model.sampling, **config.sampling}
+    values = {"scheduler": "", **of_family, **config.model.sampling, **config.sampling}
     missing = next((key for key in SAMPLING_RULES if key not in values), None)
     if missing is not None:
         raise InputError(f"sampling.{missing}: must be given, {family} models have no default for it")

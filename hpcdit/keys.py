@@ -88,6 +88,14 @@ def _name(null: str | None = None) -> Rule:
     return Rule("letters, digits and . _ + - (at most 200, not starting with a dot)", accept, null)
 
 
+def _class() -> Rule:
+    def accept(value: Any) -> str:
+        _require(isinstance(value, str) and value.isascii() and value.isidentifier() and len(value) <= 100)
+        return str(value)
+
+    return Rule("the name of a scheduler's class in diffusers", accept, null="the checkpoint's own")
+
+
 def _share() -> Rule:
     def accept(value: Any) -> str:
         _require(isinstance(value, str))
@@ -127,6 +135,7 @@ def _sampling(null: str | None = None) -> dict[str, Rule]:
         "seed": _integer(0, MAX_SEED, null),
         "fps": _integer(1, 240, null),
         "max_sequence_length": _integer(1, 4096, null),
+        "scheduler": _class(),
     }
 
 

@@ -19,6 +19,7 @@ class Example:
     so many steps.
 
     options: how its pipeline is told beside; named: what it calls the scale, nothing where the checkpoint says it.
+    schedulers: some that take the place of its own, and what they are told beside its settings.
     """
 
     make: Callable[[Path], object]
@@ -31,14 +32,20 @@ class Example:
     image: bool = False
     steps: int = 2
     options: dict[str, Any] = field(default_factory=dict)
+    schedulers: dict[str, dict[str, Any]] = field(default_factory=dict)
 
-    def reference(self, folder: Path, prompt: str, negative: str, seed: int) -> np.ndarray:
-        """Levels [F, H, W, 3] of diffusers' own pipeline, on one process."""
+    def reference(self, folder: Path, prompt: str, negative: str, seed: int, scheduler: str = "") -> np.ndarray:
+        """Levels [F, H, W, 3] of diffusers' own pipeline, on one process; by another scheduler, if one is named."""
+        import diffusers
         import torch
         from diffusers import DiffusionPipeline
         from diffusers.utils import load_image
 
         pipe: Any = DiffusionPipeline.from_pretrained(folder)
+        if scheduler:
+            pipe.scheduler = getattr(diffusers, scheduler).from_config(
+                pipe.scheduler.config, **self.schedulers[scheduler]
+            )
         pipe.set_progress_bar_config(disable=True)
         if not self.named:
             pipe.tokenizer_max_length = self.length
@@ -288,21 +295,53 @@ LEARNED = partial(cogvideox, image=True, use_learned_positional_embeddings=True)
 PAIRS = partial(cogvideox, patch_size_t=2)
 OFFSET = partial(PAIRS, image=True, ofs_embed_dim=10, dpm=True)
 SMALL = 9, 32, 48
+
+
+def flow(shift: float, *names: str) -> dict[str, dict[str, Any]]:
+    """Schedulers for flow matching, as the documentation of diffusers makes them for its pipelines."""
+    return {n: {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": shift} for n in names}
+
+
+UNIPC, DPM, DEIS = "UniPCMultistepScheduler", "DPMSolverMultistepScheduler", "DEISMultistepScheduler"
 EXAMPLES = {
-    "wan-experts": Example(partial(make_wan, experts=2), (5, 32, 48)),
-    "wan-fine": Example(partial(make_wan, fine=True), (5, 64, 96)),
+    "wan-experts": Example(partial(make_wan, experts=2), (5, 32, 48), schedulers=flow(3.0, UNIPC, DPM, DEIS)),
+    "wan-fine": Example(
+        partial(make_wan, fine=True, scheduler=UNIPC),
+        (5, 64, 96),
+        schedulers={"FlowMatchEulerDiscreteScheduler": {"shift": 3.0}},
+    ),
     "wan-image": Example(partial(make_wan, image="encoded"), (5, 32, 48), length=512, image=True),
     "wan-image-experts": Example(partial(make_wan, image="latents", experts=2), (5, 32, 48), image=True),
     "wan-image-fine": Example(partial(make_wan, image="latents", fine=True), (5, 64, 96), image=True),
-    "cogvideox-2b": Example(partial(make, build=partial(cogvideox, rotary=False)), SMALL, length=23),
-    "cogvideox-5b": Example(partial(make, build=partial(cogvideox, dpm=True)), SMALL, length=23, steps=3),
+    "cogvideox-2b": Example(
+        partial(make, build=partial(cogvideox, rotary=False)),
+        SMALL,
+        length=23,
+        steps=3,
+        schedulers={"CogVideoXDPMScheduler": {}},
+    ),
+    "cogvideox-5b": Example(
+        partial(make, build=partial(cogvideox, dpm=True)),
+        SMALL,
+        length=23,
+        steps=3,
+        schedulers={"CogVideoXDDIMScheduler": {}},
+    ),
     "cogvideox-image": Example(partial(make, build=LEARNED), SMALL, length=23, image=True),
     "cogvideox15": Example(partial(make, build=PAIRS), SMALL, length=23),
     "cogvideox15-image": Example(partial(make, build=OFFSET), SMALL, length=23, image=True),
-    "flux": Example(partial(make, build=flux), (1, 48, 80), guided=False, images=True),
-    "ltx": Example(partial(make, build=ltx), (17, 96, 160)),
-    "hunyuanvideo": Example(partial(make, build=hunyuanvideo), (5, 48, 80), guided=False),
-    "hunyuanvideo15": Example(partial(make, build=hunyuanvideo15), (5, 32, 48), length=21, named=""),
+    "flux": Example(partial(make, build=flux), (1, 48, 80), guided=False, images=True, schedulers=flow(1.0, UNIPC)),
+    "ltx": Example(partial(make, build=ltx), (17, 96, 160), schedulers=flow(1.0, UNIPC)),
+    "hunyuanvideo": Example(partial(make, build=hunyuanvideo), (5, 48, 80), guided=False, schedulers=flow(7.0, UNIPC)),
+    "hunyuanvideo15": Example(
+        partial(make, build=hunyuanvideo15), (5, 32, 48), length=21, named="", schedulers=flow(5.0, UNIPC)
+    ),
     "mochi": Example(partial(make, build=mochi), (7, 32, 48), length=23),
-    "qwenimage": Example(partial(make, build=qwenimage), (1, 48, 80), named="true_cfg_scale", images=True),
+    "qwenimage": Example(
+        partial(make, build=qwenimage),
+        (1, 48, 80),
+        named="true_cfg_scale",
+        images=True,
+        schedulers=flow(1.0, UNIPC),
+    ),
 }

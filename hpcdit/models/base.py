@@ -174,6 +174,7 @@ class Adapter(ABC):
         halves: Halves | None = None,
         start: Snapshot | None = None,
         seeds: tuple[int, ...] = (),
+        scheduler: str = "",
     ) -> "Tensor":
         """Denoises as many videos together as there are conditions and noises.
 
@@ -181,7 +182,8 @@ class Adapter(ABC):
         prediction that is its own where there is guidance; where there is none, both compute the same.
         on_step(i, snapshot) is called at the end of step i = 0, 1, ...; what it raises ends the loop and goes through.
         Only inside it may `snapshot()` be called; the same values as its latents, and as its `start`, go on from there.
-        seeds: those that the noises were drawn from; some models draw more.
+        seeds: those that the noises were drawn from; some models draw more. scheduler: its class, one of the shape's
+        `schedulers`; "" for the checkpoint's own.
         Raises ValueError if guidance wants a negative prompt and `conditions` has none.
         """
 

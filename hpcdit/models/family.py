@@ -92,7 +92,9 @@ class Family(ABC):
     what the transformer calls those parts of an encoded prompt in which two predictions differ. masked: whether keys
     are left out of attention, which no CUDA graph can be made of. layers: keys of the transformer's configuration that
     count layers, and the weights of such a layer that make its queries. patch: latents of a token, where the pipeline
-    takes and gives tokens. calls_back: whether the pipeline tells of the end of each step.
+    takes and gives tokens. calls_back: whether the pipeline tells of the end of each step. schedulers: those that
+    users may choose beside the ones that checkpoints have: each takes what the pipeline tells it, and knows the noise
+    levels that the model was trained on.
     """
 
     pipelines: tuple[str, ...]
@@ -104,6 +106,7 @@ class Family(ABC):
     layers: Mapping[str, str] = {"num_layers": "transformer_blocks.{}.attn.to_q.weight"}
     patch: tuple[int, int, int] | None = None
     calls_back: bool = True
+    schedulers: tuple[str, ...] = ()
 
     @abstractmethod
     def check(self, index: "Config", found: Mapping[str, "Config"]) -> None:
@@ -142,6 +145,10 @@ class Family(ABC):
     def prepare(self, pipe: Any) -> None:
         """Changes what of a loaded pipeline has to be another than its own: here, nothing."""
         return
+
+    def resumable(self, scheduler: Any) -> Any:
+        """One that keeps all that its steps look back to: here, the same."""
+        return scheduler
 
     @abstractmethod
     def split(self, model: Any, split: "Split") -> None:

@@ -35,7 +35,8 @@ class ModelShape:
     text beside those of max_sequence_length; text: the only max_sequence_length that the model takes, 0 where it is
     free; only: the only height and width, where they are not free; most: the largest, where each has a table of its
     own; before: latent frames that are denoised before those of the video, to make whole patches. classifier_free:
-    whether guidance takes two predictions. weights, vae_weights: numbers in all that is loaded but the VAE, and in the
+    whether guidance takes two predictions. schedulers: the classes that it can be denoised by, () where that is not
+    known. weights, vae_weights: numbers in all that is loaded but the VAE, and in the
     VAE, which stays in float32; layer_weights, largest_layer: in all layers of the transformers, and in the largest; 0
     where there is no checkpoint.
     """
@@ -59,6 +60,7 @@ class ModelShape:
     most: tuple[int, int] | None = None
     before: int = 0
     classifier_free: bool = True
+    schedulers: tuple[str, ...] = field(default=(), compare=False)
     weights: int = field(default=0, compare=False)
     vae_weights: int = field(default=0, compare=False)
     layer_weights: int = field(default=0, compare=False)
@@ -91,8 +93,13 @@ class ModelShape:
         """Numbers of one token as the transformer gives it out."""
         return self.latent_channels * math.prod(self.patch)
 
-    def legal(self, num_frames: int, height: int, width: int, max_sequence_length: int | None = None) -> None:
-        """Raises InputError naming the first size that the model cannot make, and the nearest that it can."""
+    def legal(
+        self, num_frames: int, height: int, width: int, max_sequence_length: int | None = None, scheduler: str = ""
+    ) -> None:
+        """Raises InputError naming the first size that the model cannot make, and the nearest that it can; or a
+        scheduler that it is not denoised by."""
+        if scheduler and self.schedulers and scheduler not in self.schedulers:
+            raise InputError(f"scheduler: {scheduler}; allowed: {', '.join(self.schedulers)}, as of this model")
         if self.text and max_sequence_length not in (None, self.text):
             raise InputError(f"max_sequence_length: {max_sequence_length}; allowed: {self.text}, as of this model")
         if self.images and num_frames != 1:
@@ -136,6 +143,11 @@ class ModelFolder:
     def vae(self) -> dict[str, Any]:
         return self.parts["vae"]
 
+    @property
+    def scheduler(self) -> str:
+        """The class of the checkpoint's own."""
+        return str(self.index["scheduler"][1])
+
 
 def inspect(folder: Path) -> ModelFolder:
     """Checks the checkpoint in `folder`: milliseconds, also for many gigabytes.
@@ -158,6 +170,7 @@ def shape(folder: ModelFolder) -> ModelShape:
     return replace(
         found,
         classifier_free=family.classifier_free,
+        schedulers=(*family.components["scheduler"].classes, *family.schedulers),
         weights=sum(weights.values()),
         vae_weights=vae,
         layer_weights=sum(folder.layers),

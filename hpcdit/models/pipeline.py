@@ -27,6 +27,7 @@ from .layers import Layers, Shelf
 from .loading import ModelFolder, check_loaded, shape
 from .resume import resumed, state
 from .rows import cuttable
+from .schedulers import chosen
 from .split import Split
 
 
@@ -36,6 +37,8 @@ class PipelineAdapter(Adapter):
         self.shape, self._family = shape(folder), families()[folder.family]
         self._pipe = pipe
         self._family.prepare(pipe)
+        self._schedulers = {"": self._family.resumable(pipe.scheduler)}
+        self._schedulers[folder.scheduler] = self._schedulers[""]
         self._splits, self._passes, self._guidances = list[Split](), list[Passes](), list[Guidance]()
         for transformer in transformers_of(pipe):
             split = Split()
@@ -123,6 +126,7 @@ class PipelineAdapter(Adapter):
         halves: Halves | None = None,
         start: Snapshot | None = None,
         seeds: tuple[int, ...] = (),
+        scheduler: str = "",
     ) -> Tensor:
         guided = self.guided(guidance_scale)
         if guided and conditions.negative is None:
@@ -139,6 +143,7 @@ class PipelineAdapter(Adapter):
         packed = self._family.pack(noise)
         first, latents = (0, packed) if start is None else (start.step, start.latents.to(noise.device))
         negative = conditions.negative if guided else None
+        self._pipe.scheduler = self._scheduler(scheduler)
         self._begin(sequence, halves, negative, noise.shape)
         try:
             with resumed(self._pipe.scheduler, start, latents), self._called_back(on_step_end):
@@ -157,6 +162,11 @@ class PipelineAdapter(Adapter):
             return self._family.unpack(found, noise.shape[1:])
         finally:
             self._end()
+
+    def _scheduler(self, name: str) -> Any:
+        if name not in self._schedulers:
+            self._schedulers[name] = self._family.resumable(chosen(name, self._schedulers[""]))
+        return self._schedulers[name]
 
     @contextmanager
     def _called_back(self, on_step_end: Callable[..., Any]) -> Iterator[None]:

@@ -7,7 +7,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -76,6 +76,7 @@ def prepare(config: Config, nodes: Sequence[int]) -> Batch:
     if config.model.lora:
         folder = with_lora(folder, *config.model.lora)
     defaults, model = resolve_sampling(config, folder.family), shape(folder)
+    defaults = replace(defaults, scheduler=defaults.scheduler or folder.scheduler)
     jobs = read(Path(config.prompts) if config.prompts else demo_prompts(), defaults)
     fits(jobs, defaults, model)
     if config.parallel.vae == "rows":

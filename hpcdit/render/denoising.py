@@ -89,8 +89,10 @@ class Denoiser:
                 step_start = self.trace.start("step")
 
         try:
-            seeds = tuple(job.sampling.seed for job in jobs)
-            latents = self.adapter.denoise(conditions, noise, steps, scale, session, on_step, self.halves, start, seeds)
+            seeds, scheduler = tuple(job.sampling.seed for job in jobs), jobs[0].sampling.scheduler
+            latents = self.adapter.denoise(
+                conditions, noise, steps, scale, session, on_step, self.halves, start, seeds, scheduler
+            )
             self.peak_bytes = self.peak_bytes or self.device.peak_bytes()
             return latents
         except (GivenUp, *FATAL):

@@ -28,7 +28,8 @@ def batches(jobs: Sequence[Job], most: int) -> list[list[int]]:
     last: tuple[float | str, ...] = ()
     for position, job in enumerate(jobs):
         s = job.sampling
-        kind = (s.num_frames, s.height, s.width, s.steps, s.guidance_scale, s.max_sequence_length, job.image)
+        sizes = s.num_frames, s.height, s.width, s.max_sequence_length
+        kind = (*sizes, s.steps, s.guidance_scale, s.scheduler, job.image)
         if found and kind == last and len(found[-1]) < most:
             found[-1].append(position)
         else:

@@ -40,8 +40,14 @@ def resume(config: Config, folder: ModelFolder, jobs: Sequence[Job]) -> tuple[tu
                 f"model.dtype={config.model.dtype}: the finished {videos / name}.h5 was made in {theirs}; allowed:"
                 f" {theirs}, or another output.dir"
             )
-    done, todo = partition(jobs, {name: entry.key() for name, entry in found.items()})
+    done, todo = partition(jobs, {name: key_of(entry, folder.scheduler) for name, entry in found.items()})
     return todo, done
+
+
+def key_of(entry: Entry, own: str) -> dict[str, Any]:
+    """What identifies its content. own: the scheduler of all videos that were made before there was a choice."""
+    key = entry.key()
+    return {**key, "sampling": {"scheduler": own, **key["sampling"]}}
 
 
 def partition(jobs: Iterable[Job], records: Mapping[str, Mapping[str, Any]]) -> tuple[tuple[Job, ...], tuple[Job, ...]]:

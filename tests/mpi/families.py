@@ -55,12 +55,13 @@ class Enough(Exception):
 def frames(comm: MPI.Comm, folder: str) -> Any:
     """Renders each family's two prompts as one batch by every method on 1 to 4 ranks.
 
-    folder: has the checkpoint <family>/ and <family>.npy of two videos' levels for each. Returns {ranks: {family:
+    folder: has the checkpoint <family>/ and <family>.npy of two videos' levels for each, and <family>,<scheduler>.npy
+    of those by another scheduler, which one and two ranks make, too. Returns {ranks: {family or family,scheduler:
     (renders, levels, latents)}}, the largest differences that any rank saw: of levels, by the first method, and of the
     latents that all others make in the first step from those of the first.
     """
     torch.set_num_threads(1)
-    families = [Family(path.with_suffix("")) for path in sorted(Path(folder).glob("*.npy"))]
+    families = [Family(Path(folder, name)) for name in sorted(EXAMPLES)]
 
     def body(world: World) -> Any:
         found = {family.name: [0, 0.0, 0.0] for family in families}
@@ -71,6 +72,9 @@ def frames(comm: MPI.Comm, folder: str) -> Any:
                 levels, apart = family.compare(schedule(method, ulysses, ring), transport, whole=number == 0)
                 mine = found[family.name]
                 found[family.name] = [mine[0] + 1, max(mine[1], levels), max(mine[2], apart)]
+                for other in family.schedulers if number == 0 and world.size < 3 else ():
+                    levels, apart = family.compare(schedule(method, ulysses, ring), transport, True, other)
+                    found[f"{family.name},{other}"] = [1, levels, apart]
             nodes.close()
         return {
             name: (count, *(world.largest(worst, "the differences") for worst in differences))
@@ -85,14 +89,18 @@ class Family:
 
     def __init__(self, path: Path) -> None:
         self.name, self._example = path.name, EXAMPLES[path.name]
-        self._expected, self._first = np.load(path.with_suffix(".npy")).astype(int), torch.empty(0)
+        self.schedulers = tuple(self._example.schedulers)
+        self._expected = {"": np.load(path.with_suffix(".npy")).astype(int)}
+        for other in self.schedulers:
+            self._expected[other] = np.load(path.with_name(f"{path.name},{other}.npy")).astype(int)
+        self._first = torch.empty(0)
         self._adapter = adapter = PipelineAdapter.load(inspect(path))
         example, guided = self._example, adapter.guided(self._example.scale)
         image = str(picture(path)) if example.image else ""
         self._conditions = stack([adapter.encode(text, no, guided, example.length, image) for text, no, _ in PROMPTS])
         self._noise = torch.cat([adapter.noise(seed, *example.size) for _, _, seed in PROMPTS])
 
-    def compare(self, schedule: Any, transport: Any, whole: bool) -> tuple[int, float]:
+    def compare(self, schedule: Any, transport: Any, whole: bool, scheduler: str = "") -> tuple[int, float]:
         """The differences of levels, of the video that is this rank's, and of latents; whole: this is the first."""
         of, example = self._adapter.shape, self._example
         shape = Shape(len(PROMPTS), of.length(*example.size, example.length), of.heads, of.head_dim)
@@ -101,7 +109,7 @@ class Family:
 
         def on_step(step: int, snapshot: Any) -> None:
             nonlocal apart
-            if whole and step == 0:
+            if whole and step == 0 and not scheduler:
                 self._first = snapshot().latents
             elif not whole:
                 apart = float(abs(snapshot().latents - self._first).max())
@@ -109,13 +117,18 @@ class Family:
 
         with suppress(Enough):
             settings = example.steps, example.scale, parallel, on_step
-            latents = self._adapter.denoise(self._conditions, self._noise, *settings, seeds=SEEDS)
+            latents = self._adapter.denoise(self._conditions, self._noise, *settings, seeds=SEEDS, scheduler=scheduler)
         parallel.close()
         if not whole:
             return 0, apart
         mine = transport.rank % 2
         decoded = self._adapter.decode(latents[mine : mine + 1]).astype(int)
-        return int(abs(decoded - self._expected[mine]).max()), 0.0
+        return int(abs(decoded - self._expected[scheduler][mine]).max()), 0.0
+
+
+def scheduler_of(name: str) -> str:
+    """That by which the program renders an example: another than its own for each second one that knows others."""
+    return next(iter(EXAMPLES[name].schedulers), "") if PROGRAM.index(name) % 2 else ""
 
 
 def program(comm: MPI.Comm, folder: str) -> Any:
@@ -125,6 +138,8 @@ def program(comm: MPI.Comm, folder: str) -> Any:
         example = EXAMPLES[name]
         shared: dict[str, Any] = dict(zip(("num_frames", "height", "width"), example.size, strict=True))
         shared |= {"steps": example.steps, "guidance_scale": example.scale, "max_sequence_length": example.length}
+        if other := scheduler_of(name):
+            shared["scheduler"] = other
         if example.image:
             shared["image"] = f"{name}.png"  # beside the prompts file
         own = [{"prompt": prompt, "negative_prompt": no, "seed": seed, "id": str(seed)} for prompt, no, seed in PROMPTS]

@@ -1,5 +1,6 @@
 """Every model family renders what diffusers' own pipeline renders on one process, on any number of ranks."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -13,10 +14,18 @@ from hpcdit.models.families import families
 from hpcdit.models.loading import inspect, shape
 from hpcdit.models.pipeline import PipelineAdapter
 from tests.checkpoints import edit, refusal
-from tests.families import EXAMPLES, PROMPTS, picture
-from tests.mpi.families import LAYOUTS, NEAR, PROGRAM
+from tests.families import EXAMPLES, PROMPTS, Example, picture
+from tests.mpi.families import LAYOUTS, NEAR, PROGRAM, scheduler_of
 from tests.mpi.starts import mpirun
 from tests.unit.test_wan import Group, Member
+
+
+def levels(example: Example, checkpoint: Path, scheduler: str = "") -> np.ndarray:
+    """Those of both videos, of diffusers' own pipeline; they are also written beside the checkpoint."""
+    both = np.stack([example.reference(checkpoint, *prompt, scheduler) for prompt in PROMPTS])
+    assert both.std() > 5 and abs(both[0].astype(int) - both[1]).max() > 5, f"{checkpoint}: nothing to compare"
+    np.save(checkpoint.with_name(",".join(filter(None, (checkpoint.name, scheduler))) + ".npy"), both)
+    return both.astype(int)
 
 
 @pytest.fixture(scope="module")
@@ -25,19 +34,21 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("families")
     for name, example in EXAMPLES.items():
         example.make(folder / name)
-        both = np.stack([example.reference(folder / name, *prompt) for prompt in PROMPTS])
-        assert both.std() > 5 and abs(both[0].astype(int) - both[1]).max() > 5, f"{name}: nothing to compare"
-        np.save(folder / f"{name}.npy", both)
+        own = levels(example, folder / name)
+        for scheduler in example.schedulers:
+            other = levels(example, folder / name, scheduler)
+            assert abs(other - own).max() > 1, f"{name}, {scheduler}: the same video"
     return folder
 
 
 def test_frames_equal_diffusers_by_every_method_on_one_to_four_ranks_in_batches(checkpoints: Path) -> None:
     found = mpirun(4, "frames", str(checkpoints), module="tests.mpi.families")
     assert sorted(found) == list("1234")
+    others = {f"{name},{other}" for name, example in EXAMPLES.items() for other in example.schedulers}
     for size, every in found.items():
-        assert set(every) == set(EXAMPLES)
+        assert set(every) == set(EXAMPLES) | (others if int(size) < 3 else set())
         for name, (count, worst, apart) in every.items():
-            assert count == len(LAYOUTS[int(size)]) == 5
+            assert count == (1 if name in others else len(LAYOUTS[int(size)]))
             assert worst <= 1 and apart < NEAR, f"{name} on {size} ranks: {worst} levels, latents {apart:.2g} apart"
 
 
@@ -45,10 +56,13 @@ def test_the_program_renders_them_each_half_of_guidance_on_a_rank(checkpoints: P
     assert mpirun(2, "program", str(checkpoints), module="tests.mpi.families") == dict.fromkeys(PROGRAM, 0)
     for name in PROGRAM:
         example = EXAMPLES[name]
-        expected = np.load(checkpoints / f"{name}.npy").astype(int)
+        other = scheduler_of(name)
+        expected = np.load(checkpoints / f"{name}{',' * bool(other)}{other}.npy").astype(int)
+        own = inspect(checkpoints / name).scheduler
         for (_, _, seed), levels in zip(PROMPTS, expected, strict=True):
             with h5py.File(checkpoints / f"{name}-out" / "videos" / f"{seed}.h5") as file:
                 assert abs(file["frames"][:].astype(int) - levels).max() <= 1, f"{name}, {seed}"
+                assert json.loads(file.attrs["sampling"])["scheduler"] == (other or own)
                 swapped = b"exchange cfg" in set(file["trace/events"]["name"])
             assert swapped == example.guided, name
 

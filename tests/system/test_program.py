@@ -107,6 +107,10 @@ def test_a_run_leaves_videos_index_and_log_that_h5py_alone_reads(tmp_path: Path)
         (["cluster=8x8"], ["cluster=8x8", "ethernet"]),
         (["cluster.nodes=5"], ["cluster.nodes=5", "1 node"]),
         (["sampling.height=97"], ["hpcdit: sampling.height: 97", "96 or 112"]),
+        (
+            ["sampling.scheduler=DDIMScheduler"],
+            ["hpcdit: sampling.scheduler: DDIMScheduler", "UniPCMultistepScheduler"],
+        ),
         (["model.path=."], ["model.path", "model_index.json"]),
         (["output.dir=file.txt"], ["output.dir=file.txt", "not a folder"]),
         (["output.dir=/proc/hpcdit"], ["output.dir=/proc/hpcdit", "cannot be written"]),

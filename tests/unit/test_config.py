@@ -169,6 +169,10 @@ REFUSED: dict[str, tuple[Any, ...]] = {  # arguments, and what the line must hol
     "fraction for integer": (["sampling.num_frames=1.5"], "sampling.num_frames=1.5: must be an integer"),
     "flag for integer": (["sampling.fps=true"], "sampling.fps=true: must be an integer, 1 to 240"),
     "no frames": (["sampling.num_frames=0"], "sampling.num_frames=0"),
+    "a scheduler of no name": (
+        ["sampling.scheduler=Uni.PC"],
+        "sampling.scheduler='Uni.PC': must be the name of a scheduler's class in diffusers, or null",
+    ),
     "no steps": (["sampling.steps=0"], "sampling.steps=0"),
     "no pixels": (["sampling.height=0"], "sampling.height=0"),
     "negative width": (["sampling.width=-16"], "sampling.width=-16"),

@@ -50,7 +50,7 @@ def test_a_text_file_is_a_prompt_a_line(tmp_path: Path) -> None:
 
 
 def test_a_json_line_may_say_everything_about_its_video(tmp_path: Path) -> None:
-    sizes = {"num_frames": 5, "height": 32, "width": 16, "steps": 2, "fps": 8, "max_sequence_length": 9}
+    sizes: dict[str, Any] = {"num_frames": 5, "height": 32, "width": 16, "steps": 2, "fps": 8, "max_sequence_length": 9}
     line = {
         "prompt": " a\ncat ",
         "id": "cat №1",

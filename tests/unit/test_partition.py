@@ -6,8 +6,9 @@ import pytest
 
 from hpcdit.errors import InputError
 from hpcdit.models.loading import ModelShape
+from hpcdit.output.catalog import Entry
 from hpcdit.render.manifest import estimate_bytes, fits
-from hpcdit.render.resume import partition
+from hpcdit.render.resume import key_of, partition
 from tests.unit.test_manifest import DEFAULTS, jobs_of
 
 
@@ -26,6 +27,10 @@ def test_finished_videos_are_told_from_those_to_do(tmp_path: Path) -> None:
         ('"prompt": "a", "negative_prompt": "n"', "negative_prompt: 'n' is asked for"),
         ('"prompt": "a", "seed": 8', "sampling.seed: 8 is asked for, but the finished videos/x.h5 has 7;"),
         ('"prompt": "a", "guidance_scale": 4.5', "sampling.guidance_scale: 4.5 is asked for"),
+        (
+            '"prompt": "a", "scheduler": "B"',
+            "sampling.scheduler: 'B' is asked for, but the finished videos/x.h5 has '';",
+        ),
     ],
 )
 def test_a_finished_video_is_never_taken_for_another(tmp_path: Path, line: str, difference: str) -> None:
@@ -35,6 +40,16 @@ def test_a_finished_video_is_never_taken_for_another(tmp_path: Path, line: str, 
         partition(asked, {"x": was.key()})
     assert str(caught.value).startswith(f"{tmp_path}/prompts.jsonl:1: {difference}")
     assert "such videos" not in str(caught.value)
+
+
+def test_a_video_of_before_schedulers_could_be_chosen_was_made_by_the_model_s_own(tmp_path: Path) -> None:
+    jobs = jobs_of(tmp_path, '{"prompt": "a", "id": "x"}', scheduler="Own")
+    key = json.loads(json.dumps(jobs[0].key()))
+    del key["sampling"]["scheduler"]
+    entry = Entry("x", 0, 0, **{**key, "seed": 7, "model": {}, "seconds": 1.0})
+    assert partition(jobs, {"x": key_of(entry, "Own")}) == (jobs, ())
+    with pytest.raises(InputError, match=r"sampling\.scheduler: 'Own' is asked for, but .* has 'Other'"):
+        partition(jobs, {"x": key_of(entry, "Other")})
 
 
 def test_all_finished_videos_with_other_content_are_counted_and_the_first_shown(tmp_path: Path) -> None:
@@ -68,6 +83,15 @@ def test_a_size_that_the_model_cannot_make_is_refused_with_its_line_or_key(tmp_p
     wide = replace(DEFAULTS, width=97)
     with pytest.raises(InputError, match=r"^sampling\.width: 97 .*nearest: 96 or 112"):
         fits(jobs_of(tmp_path, '{"prompt": "a"}', width=97), wide, shape)
+
+
+def test_a_scheduler_that_the_model_is_not_denoised_by_is_refused_with_its_line_or_key(tmp_path: Path) -> None:
+    shape = ModelShape(2, 5, 14, 16, (1, 2, 2), 4, 8, schedulers=("A", "B"))
+    fits(jobs_of(tmp_path, '{"prompt": "a", "scheduler": "A"}'), replace(DEFAULTS, scheduler="B"), shape)
+    with pytest.raises(InputError, match=r"prompts\.jsonl:1: scheduler: C; allowed: A, B, as of this model$"):
+        fits(jobs_of(tmp_path, '{"prompt": "a", "scheduler": "C"}'), DEFAULTS, shape)
+    with pytest.raises(InputError, match=r"^sampling\.scheduler: C; allowed: A, B, as of this model$"):
+        fits(jobs_of(tmp_path, '{"prompt": "a"}', scheduler="C"), replace(DEFAULTS, scheduler="C"), shape)
 
 
 def test_the_disk_space_asked_for_holds_all_frames_uncompressed(tmp_path: Path) -> None:

@@ -57,6 +57,11 @@ class CogVideoX(Family):
 
         prepare(pipe)
 
+    def resumable(self, scheduler: Any) -> Any:
+        from .cogvideox_steps import remembering
+
+        return remembering(scheduler)
+
     def split(self, model: Any, split: "Split") -> None:
         from ..split import TEXT, VIDEO, Cut, Part
 

@@ -54,9 +54,13 @@ class Remembering(CogVideoXDPMScheduler):
         return found[0], found[1]
 
 
+def remembering(scheduler: Any) -> Any:
+    """What stands in its place."""
+    dpm = isinstance(scheduler, CogVideoXDPMScheduler)
+    return Remembering.from_config(scheduler.config) if dpm else scheduler
+
+
 def prepare(pipe: Any) -> None:
-    """Puts it in the place of the pipeline's own; and lets the VAE, which is in float32, encode what is not."""
-    if isinstance(pipe.scheduler, CogVideoXDPMScheduler):
-        pipe.scheduler = Remembering.from_config(pipe.scheduler.config)
+    """Lets the VAE, which is in float32, encode what is not."""
     encode = pipe.vae.encode
     pipe.vae.encode = lambda x, *rest, **options: encode(x.to(pipe.vae.dtype), *rest, **options)

@@ -38,6 +38,7 @@ class Flux(Family):
         tokenizer_2=tokenizer("T5TokenizerFast", "T5Tokenizer"),
         scheduler=scheduler("FlowMatchEulerDiscreteScheduler"),
     )
+    schedulers = ("UniPCMultistepScheduler",)
     classifier_free = False
 
     layers: Mapping[str, str] = {

@@ -41,6 +41,7 @@ class HunyuanVideo(Family):
         tokenizer_2=tokenizer("CLIPTokenizer", "CLIPTokenizerFast"),
         scheduler=scheduler("FlowMatchEulerDiscreteScheduler"),
     )
+    schedulers = ("UniPCMultistepScheduler",)
     classifier_free = False
     masked = True
 

@@ -42,6 +42,7 @@ class HunyuanVideo15(Family):
         scheduler=scheduler("FlowMatchEulerDiscreteScheduler"),
         guider=Component(DIFFUSERS, ("ClassifierFreeGuidance",), config="guider_config.json", defaults=GUIDER),
     )
+    schedulers = ("UniPCMultistepScheduler",)
     asked: Mapping[str, str] = {
         "prompt_embeds": "encoder_hidden_states",
         "prompt_embeds_mask": "encoder_attention_mask",

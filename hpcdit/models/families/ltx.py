@@ -43,6 +43,7 @@ class LTX(Family):
         tokenizer=tokenizer("T5TokenizerFast", "T5Tokenizer"),
         scheduler=scheduler("FlowMatchEulerDiscreteScheduler"),
     )
+    schedulers = ("UniPCMultistepScheduler",)
 
     layers: Mapping[str, str] = {"num_layers": "transformer_blocks.{}.attn1.to_q.weight"}
 

@@ -36,6 +36,7 @@ class QwenImage(Family):
         tokenizer=tokenizer("Qwen2Tokenizer", "Qwen2TokenizerFast"),
         scheduler=scheduler("FlowMatchEulerDiscreteScheduler"),
     )
+    schedulers = ("UniPCMultistepScheduler",)
     scale = "true_cfg_scale"
     asked: Mapping[str, str] = {
         "prompt_embeds": "encoder_hidden_states",
