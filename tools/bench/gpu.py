@@ -74,13 +74,19 @@ def cards(world: World, device: torch.device) -> str:
 
 
 def nccl(world: World, device: torch.device) -> None:
-    """Sets up torch.distributed over NCCL for the ranks of MPI. Raises InputError if they are on several hosts."""
+    """Sets up torch.distributed for the ranks of MPI, over NCCL, or Gloo between CPUs.
+
+    Raises InputError if they are on several hosts.
+    """
     if len(set(world.hosts)) > 1:
         raise InputError("NCCL is set up by way of 127.0.0.1 here: run it on one host")
-    ours = {"RANK": world.rank, "WORLD_SIZE": world.size, "LOCAL_RANK": device.index}
+    ours = {"RANK": world.rank, "WORLD_SIZE": world.size, "LOCAL_RANK": device.index or 0}
     port = world.broadcast(free_port() if world.rank == 0 else None, WHAT)
     os.environ.update({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}, **{k: str(v) for k, v in ours.items()})
-    dist.init_process_group("nccl", device_id=device)
+    if device.type == "cuda":
+        dist.init_process_group("nccl", device_id=device)
+    else:
+        dist.init_process_group("gloo")
 
 
 def free_port() -> int:

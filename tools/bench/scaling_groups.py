@@ -169,7 +169,7 @@ def steps(bench: Bench, n: int, first: dict[tuple[int, int], float]) -> None:
         layers = [min(count, sizes.model.layers) for count in LAYERS]
         for count in layers:
             model = step.transformer(sizes.model, count, device.torch)
-            made = bench.ours.prepare(
+            made = bench.ours.prepare_wan(
                 model, tokens, noise, texts[1], bench.world.size // n, None, sizes.model.layers
             )  # fmt: skip
 

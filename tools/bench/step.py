@@ -183,7 +183,7 @@ class Step:
             if self.ours is None:
                 self.ours = Ours(self.world, bind("cuda", self.world))
             negative = self.texts[1] if self.args.guided else None
-            made = self.ours.prepare(model, self.tokens, self.noise, negative, replicas, cfg, self.model.layers)
+            made = self.ours.prepare_wan(model, self.tokens, self.noise, negative, replicas, cfg, self.model.layers)
             return f"{name}: {made.plan}, {made.planned_bytes / 2**30:.1f} GiB planned", model, made.close
 
         return name, prepare
