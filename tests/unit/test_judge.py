@@ -1,8 +1,12 @@
 """The judge of the demo model: right on real clips of every kind, also on blurred and noisy ones, not on wrong ones."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import h5py
 import pytest
@@ -10,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from hpcdit.output.packing import WAYS
 from tools.demo_model import judge
 from tools.demo_model.captions import COLOURS, GROUNDS, MOTIONS, SHAPES, Scene, Thing, examples, held_out, parse, scenes
 from tools.demo_model.data import Size, draw, encode, frames, layout, paint
@@ -165,11 +170,11 @@ def test_captions_are_read_back() -> None:
             parse(text)
 
 
-def write(path: Path, prompt: str, clip: Tensor) -> None:
+def write(path: Path, prompt: str, clip: Tensor, **packing: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with h5py.File(path, "w") as file:
         file.attrs["prompt"] = prompt
-        file["frames"] = clip.numpy()
+        file.create_dataset("frames", data=clip.numpy(), **packing)
 
 
 def test_the_table_of_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -193,3 +198,13 @@ def test_what_cannot_be_judged_is_one_line(tmp_path: Path, capsys: pytest.Captur
     (tmp_path / "videos" / "a.h5").write_bytes(b"none")
     assert judge.main([str(tmp_path)]) == 2
     assert "a.h5: not a video of hpcdit" in capsys.readouterr().err
+
+
+def test_frames_that_a_plugin_unpacks_are_judged_in_a_process_that_has_not_loaded_it(tmp_path: Path) -> None:
+    pytest.importorskip("hdf5plugin")
+    scene = Scene((RED,), "white")
+    write(tmp_path / "a.h5", str(scene), clips([scene])[0], chunks=True, **WAYS["zstd"])
+    words = [sys.executable, "-m", "tools.demo_model.judge", "a.h5"]
+    path = f"{Path(__file__).parents[2]}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+    done = subprocess.run(words, cwd=tmp_path, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True)
+    assert done.returncode == 0 and "100.0" in done.stdout, done.stderr

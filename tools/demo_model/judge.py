@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hpcdit.output.packing import load_plugin
 from tools.contact_sheet import files
 
 from .captions import COLOURS, GROUNDS, SHAPES, Scene, Thing, parse
@@ -213,6 +214,7 @@ def judge(path: Path) -> Case:
     """Judges a video of hpcdit. Raises ValueError naming the file if it is none, or its prompt no caption."""
     try:
         with h5py.File(path, "r", locking=False) as file:
+            load_plugin(file["frames"])
             prompt, frames = file.attrs["prompt"], file["frames"][:]
     except FileNotFoundError:
         raise
