@@ -1,5 +1,6 @@
 """Times of what a rank computes: by the host's clock, or, where a stream computes, by events on the stream."""
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -79,6 +80,7 @@ class Spans:
 
     def __init__(self, record: Record | None, now: Callable[[], float], outer: Record | None = None) -> None:
         self.record, self.now, self.outer = record, now, outer
+        self._record, self._detailed = record, math.inf  # steps yet in which `record` is wanted
         self._waited: float | None = None
 
     def start(self, name: str) -> Any:
@@ -103,13 +105,19 @@ class Spans:
         """The body captures a pass in a graph."""
         yield Tape()
 
-    def begin(self) -> None:
-        """Before the first pass of a video. What an earlier one has left unfinished is forgotten."""
-        self._waited = None
+    def begin(self, detailed: float = math.inf) -> None:
+        """Before the first pass of a video. What an earlier one has left unfinished is forgotten.
+
+        detailed: after so many steps, those of the schedule are recorded no more.
+        """
+        self._waited, self._detailed = None, detailed
+        self.record = self._record if detailed > 0 else None
 
     def waited(self) -> None:
         """To be called at the end of each step, when the device has done all that it was given."""
-        self._waited = self.now()
+        self._waited, self._detailed = self.now(), self._detailed - 1
+        if self._detailed <= 0:
+            self.record = None
 
     def read(self) -> None:
         """Records what was marked before the last `waited`."""
@@ -133,16 +141,21 @@ class StreamSpans(Spans):
         self._batch: Batch | None = None  # of the step under way
         self._done: list[Batch] = []
 
+    @property
+    def _wanted(self) -> Record | None:
+        """A graph outlives the steps that are recorded: it marks its own for those that follow."""
+        return self._record if self._capturing else self.record
+
     def start(self, name: str) -> Event | None:
-        if not self.record:
+        if not self._wanted:
             return None
         self._clock.push(name)
         return self._clock.mark(self._capturing is not None)
 
     def end(self, name: str, lane: str, start: Event | None, nbytes: int = 0) -> None:
-        if not self.record:
+        if not (record := self._wanted):
             return
-        self._note(self.record, name, lane, start, nbytes)
+        self._note(record, name, lane, start, nbytes)
         self._clock.pop()
 
     def _note(self, record: Record, name: str, lane: str, first: Event | None, nbytes: int = 0) -> None:
@@ -157,7 +170,7 @@ class StreamSpans(Spans):
         yield
         if self.outer:
             self._note(self.outer, "pass", "compute", first)
-        if tape is not None and tape.marks and self._batch is not None:
+        if tape is not None and tape.marks and self._batch is not None and self.record:
             tape.unread = True
             self._batch.tapes.append(tape)
         self.read()
@@ -170,8 +183,8 @@ class StreamSpans(Spans):
         finally:
             self._capturing = None
 
-    def begin(self) -> None:
-        super().begin()
+    def begin(self, detailed: float = math.inf) -> None:
+        super().begin(detailed)
         for batch in (*self._done, *([self._batch] if self._batch else [])):
             for tape in batch.tapes:
                 tape.unread = False

@@ -43,6 +43,11 @@ class SequenceParallel:
         """Whether other ranks have a part in it."""
         return self._transport.size > 1
 
+    def spans_of_pass(self, layers: int) -> int:
+        """How many spans all ranks together record of a pass of so many layers: their steps, and the wait for o."""
+        ranks = self._attention.placement.schedule.ranks
+        return sum(layers * (len(steps) + 1) + len(ranks) - 1 for steps in ranks)
+
     def attend(self, keys: torch.Tensor | None = None) -> torch.Tensor:
         """The attention of this rank's queries, [B, tokens, H, D], to all keys, or those that count: a round's end."""
         out = self._attention.attend(keys)

@@ -34,7 +34,8 @@ class Times:
 
     attend, other: in a pass, at attention or at anything else that is no transfer; inter, intra: transfers behind which
     nothing attends; outside: no pass runs. These five add up to `whole`.
-    sync: of inter and intra, the waiting for other ranks: what is longer than the bytes take at the link's rate.
+    detailed: steps in which transfers and attention are recorded, in the others they are taken to be as long. sync: of
+    inter and intra, the waiting for other ranks: what is longer than the bytes take at the link's rate.
     launch: from a step's end to the next launch; imbalance: by which ranks compute less than the busiest.
     calls: of attention. encode, decode, write: of the rank that took longest.
     """
@@ -56,6 +57,7 @@ class Times:
     encode: float = 0.0
     decode: float = 0.0
     write: float = 0.0
+    detailed: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """To the microsecond, since it stands in the catalog."""
@@ -91,11 +93,21 @@ def measure(events: np.ndarray, rates: Rates | None = None) -> Times:
     steps = events[events["name"] == b"step"]
     if not len(steps):
         return Times(**_aside(events))
-    ranks = [_rank(events[events["rank"] == rank], rates) for rank in np.unique(steps["rank"])]
+    detailed = _detailed(events, steps)
+    ranks = [_rank(events[events["rank"] == rank], rates, detailed) for rank in np.unique(steps["rank"])]
     total = {key: sum(rank[key] for rank in ranks) for key in ranks[0]}
     busy = [rank["attend"] + rank["other"] for rank in ranks]
     total["imbalance"] = sum(max(busy) - each for each in busy)
-    return Times(ranks=len(ranks), steps=len(steps) // len(ranks), **total, **_aside(events))
+    return Times(ranks=len(ranks), steps=len(steps) // len(ranks), detailed=detailed, **total, **_aside(events))
+
+
+def _detailed(events: np.ndarray, steps: np.ndarray) -> int:
+    """In how many steps, the first, attention is recorded; all where it is in none."""
+    rank = steps["rank"][0]
+    first, mine = steps[steps["rank"] == rank], events[events["rank"] == rank]
+    attends = mine["start"][mine["name"] == b"attend"]
+    within = int((first["start"] < attends.max()).sum()) if len(attends) else 0
+    return within or len(first)
 
 
 def _aside(events: np.ndarray) -> dict[str, Any]:
@@ -107,11 +119,19 @@ def _aside(events: np.ndarray) -> dict[str, Any]:
     return found
 
 
-def _rank(mine: np.ndarray, rates: Rates | None) -> dict[str, Any]:
-    steps = mine[mine["name"] == b"step"]
-    start, end = steps["start"].min(), steps["end"].max()
-    middle = (mine["start"] + mine["end"]) / 2  # times of a stream differ from the host's by microseconds
-    mine = mine[(middle > start) & (middle < end)]
+def _rank(mine: np.ndarray, rates: Rates | None, detailed: int) -> dict[str, Any]:
+    """detailed: steps, the first, that all others are taken to be like."""
+    steps = np.sort(mine[mine["name"] == b"step"], order="start")
+    start, end, last = steps["start"].min(), steps["end"].max(), steps["end"][:detailed].max()
+    between = _within(mine[mine["name"] == b"between steps"], start, end)
+    found, times = _first(mine, start, last, rates), float((end - start) / (last - start)) if last > start else 1.0
+    scaled = {key: round(value * times) if isinstance(value, int) else value * times for key, value in found.items()}
+    return {**scaled, "launch": float((between["end"] - between["start"]).sum())}
+
+
+def _first(mine: np.ndarray, start: float, end: float, rates: Rates | None) -> dict[str, Any]:
+    """What a rank did from `start` to `end`."""
+    mine = _within(mine, start, end)
     name, lane = mine["name"], mine["lane"]
     attends, passes = mine[name == b"attend"], _cover(mine[name == b"pass"])
     attend = _cover(attends)
@@ -124,7 +144,6 @@ def _rank(mine: np.ndarray, rates: Rates | None) -> dict[str, Any]:
     both = _Cover(*(np.concatenate([getattr(busy, at), getattr(passes, at)]) for at in ("starts", "ends")))
     outside = max(float(end - start) - both.seconds, 0.0)
     sync = sum(_waiting(links[link], attend, getattr(rates, link) if rates else None) for link in LINKS)
-    between = mine[name == b"between steps"]
     return {
         "whole": float(end - start),
         "attend": attend.seconds,
@@ -132,10 +151,14 @@ def _rank(mine: np.ndarray, rates: Rates | None) -> dict[str, Any]:
         **exposed,
         "outside": outside,
         "sync": min(sync, exposed["inter"] + exposed["intra"]),
-        "launch": float((between["end"] - between["start"]).sum()),
         "calls": len(attends),
         **{f"{link}_bytes": int(links[link]["bytes"].sum()) for link in LINKS},
     }
+
+
+def _within(spans: np.ndarray, start: float, end: float) -> np.ndarray:
+    middle = (spans["start"] + spans["end"]) / 2  # times of a stream differ from the host's by microseconds
+    return spans[(middle > start) & (middle < end)]
 
 
 def _cover(spans: np.ndarray) -> _Cover:

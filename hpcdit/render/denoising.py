@@ -16,7 +16,7 @@ from ..output.trace import Trace
 from ..transport.base import Transport
 from .checkpoints import Checkpoints
 from .groups import Halves
-from .manifest import Job
+from .manifest import Job, detailed_steps
 from .together import GivenUp, Position, Together
 
 
@@ -61,7 +61,7 @@ class Denoiser:
         passes = 2 if self.adapter.guided(scale) and halves is None else 1
         position = Position(session, self.adapter.shape.layers, passes, halves, self.graph)
         ended = first = start.step if start else 0
-        session.spans.begin()
+        session.spans.begin(detailed_steps(jobs[0].sampling, passes * session.spans_of_pass(self.adapter.shape.layers)))
         begun, step_start = time.monotonic(), self.trace.start("step")
         if self.checkpoints:
             self.checkpoints.begin()

@@ -21,6 +21,7 @@ from hpcdit.config import Sampling
 from hpcdit.errors import InputError
 from hpcdit.keys import MAX_SEED, SAMPLING_RULES
 from hpcdit.models.loading import ModelShape
+from hpcdit.output.trace import EVENT
 from hpcdit.render.picture import ALLOWED, digest
 
 LINE_BYTES, FILE_BYTES, JOBS = 1 << 20, 1 << 26, 100_000  # each rank holds all jobs
@@ -30,8 +31,7 @@ ID_ALLOWED = (
     f"1 to {ID_BYTES} bytes of UTF-8 without /, \\, .., control characters, a leading . or -, or spaces at the ends"
 )
 
-# The trace of one video: rank count and layers are not known when the need is estimated, this is generous.
-TRACE_BYTES, TRACE_BYTES_A_STEP = 1 << 20, 1 << 16
+TRACE_BYTES, TRACE_SHARE = 1 << 21, 4  # of a video's trace, and as much again as a quarter of its frames
 
 
 @dataclass(frozen=True)
@@ -114,12 +114,21 @@ def fits(jobs: Iterable[Job], defaults: Sampling, shape: ModelShape) -> None:
 
 def estimate_bytes(jobs: Iterable[Job]) -> int:
     """Disk space that the jobs' videos take at most: frames as they are, uncompressed, and traces."""
-    return sum(
-        3 * job.sampling.num_frames * job.sampling.height * job.sampling.width
-        + TRACE_BYTES
-        + TRACE_BYTES_A_STEP * job.sampling.steps
-        for job in jobs
-    )
+    return sum(_frames_bytes(job.sampling) + trace_bytes(job.sampling) for job in jobs)
+
+
+def trace_bytes(s: Sampling) -> int:
+    """What a video's trace may take, however many ranks and layers have a part in it."""
+    return TRACE_BYTES + _frames_bytes(s) // TRACE_SHARE
+
+
+def detailed_steps(s: Sampling, spans: int) -> int:
+    """In how many steps pulls, attends and pushes are recorded, `spans` a step: one, and what there is room for."""
+    return max(trace_bytes(s) // (spans * EVENT.itemsize), 1)
+
+
+def _frames_bytes(s: Sampling) -> int:
+    return 3 * s.num_frames * s.height * s.width
 
 
 def _lines(path: Path) -> Iterator[Line]:

@@ -7,7 +7,8 @@ import pytest
 from hpcdit.errors import InputError
 from hpcdit.models.loading import ModelShape
 from hpcdit.output.catalog import Entry
-from hpcdit.render.manifest import estimate_bytes, fits
+from hpcdit.output.trace import EVENT
+from hpcdit.render.manifest import TRACE_BYTES, detailed_steps, estimate_bytes, fits
 from hpcdit.render.resume import key_of, partition
 from tests.unit.test_manifest import DEFAULTS, jobs_of
 
@@ -97,5 +98,13 @@ def test_a_scheduler_that_the_model_is_not_denoised_by_is_refused_with_its_line_
 def test_the_disk_space_asked_for_holds_all_frames_uncompressed(tmp_path: Path) -> None:
     one, two = (estimate_bytes(jobs_of(tmp_path, "a\n" * n, ".txt", height=1600, width=1600)) for n in (1, 2))
     assert two == 2 * one
-    assert 9 * 1600 * 1600 * 3 < one < 9 * 1600 * 1600 * 3 + (4 << 20)
+    frames = 9 * 1600 * 1600 * 3
+    assert frames < one < frames * 1.3 + (4 << 20)
     assert estimate_bytes(()) == 0
+
+
+def test_however_many_ranks_record_a_trace_takes_no_more_than_was_asked_for() -> None:
+    a_step = TRACE_BYTES // EVENT.itemsize // 10  # spans: ten steps of them, and of larger videos more
+    small, large = replace(DEFAULTS, height=16, width=16, num_frames=1), replace(DEFAULTS, height=1600, width=1600)
+    assert detailed_steps(small, a_step) == 10 and 10 < detailed_steps(large, a_step) < 100
+    assert detailed_steps(small, 1000 * a_step) == 1, "one is recorded in any case"

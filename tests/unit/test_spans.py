@@ -1,5 +1,6 @@
 """Spans by the events of a device: a made-up one, with a clock of its own that goes wrong by a known amount."""
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -158,8 +159,8 @@ class Model:
         self.device.log.append("waited")
         self.device.host += 0.5 * MS
 
-    def video(self, steps: int) -> None:
-        self.spans.begin()
+    def video(self, steps: int, detailed: float = math.inf) -> None:
+        self.spans.begin(detailed)
         for _ in range(steps):
             self.step()
         self.spans.read()
@@ -189,6 +190,19 @@ def test_attends_are_where_the_device_made_them_in_every_step_of_every_video(
     assert len(whole) == 3 * 5 * passes
     assert all(end - start == pytest.approx(80 * MS, abs=NEAR) for start, end in whole)
     assert not model.device.open, "as many ranges end as begin"
+
+
+@pytest.mark.parametrize("graph", [False, True])
+@pytest.mark.parametrize("detailed", [1, 2])
+def test_after_so_many_steps_of_a_video_passes_alone_are_timed(
+    graph: bool, detailed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = Model(Device(), graph, 2, monkeypatch)
+    for _ in range(2):
+        model.video(5, detailed)
+    first = [step for start in (0, 5) for step in model.truth[start : start + detailed]]
+    assert_near(model.times("attend"), [pair for step in first for pair in step])
+    assert len(model.times("pass")) == 2 * 5 * 2 and not model.device.open
 
 
 def test_times_are_read_behind_the_next_launch_which_takes_one_graph_more(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,7 @@
 """Where a video's time went: told apart from its spans, to the last second."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -53,6 +55,19 @@ def test_ranks_add_up_and_the_idler_one_is_seen() -> None:
     times = measure(events(*STEP, *other), RATES)
     assert (times.ranks, times.steps, times.whole, times.imbalance) == (2, 1, 20, 7)
     assert times.launch == 0.5 and times.decode == 4 and times.attend == 3
+
+
+def test_steps_without_details_are_taken_to_be_like_those_with_them() -> None:
+    """Three steps alike, of which the first one's transfers and attention are recorded, or all."""
+    first: tuple[Span, ...] = (*STEP, ("pull k", 0, "inter", 3, 6, 100), ("between steps", 0, "io", 0.0, 0.5, 0))
+
+    def at(step: int) -> tuple[Span, ...]:
+        return tuple((name, rank, lane, a + 10 * step, b + 10 * step, size) for name, rank, lane, a, b, size in first)
+
+    whole = measure(events(*at(0), *at(1), *at(2)), RATES)
+    outer = [span for step in (1, 2) for span in at(step) if span[0] in ("step", "pass", "between steps")]
+    assert measure(events(*at(0), *outer), RATES) == replace(whole, detailed=1)
+    assert (whole.detailed, whole.attend, whole.calls, whole.inter_bytes, whole.launch) == (3, 9, 6, 300, 1.5)
 
 
 def test_no_steps_no_times() -> None:

@@ -53,7 +53,7 @@ function shares(place, times) {
     el("div", { class: "bar", role: "img", "aria-label": label }, ...PARTS.filter(([key]) => times[key] > 0).map(([key, colour]) => el("span", { style: `flex:${times[key] / times.whole};background:var(--${colour})` }))),
     el("ul", { class: "legend" }, ...PARTS.map(([key, colour, words]) =>
       el("li", {}, el("i", { style: `background:var(--${colour})` }), `${words}: ${percent(times[key], times.whole)}`))),
-    el("p", { class: "note" }, `${duration(times.whole)} of all ranks together while they denoise.`));
+    el("p", { class: "note" }, `${duration(times.whole)} of all ranks together while they denoise.${times.detailed && times.detailed < times.steps ? ` Attention and transfers were recorded in ${times.detailed} of ${times.steps} steps; the others are taken to be like these.` : ""}`));
 }
 
 const TAXES = [["sync", "Waiting for other ranks in bulk", (t) => t.sync], ["traffic", "Data that leaves the chip between kernels", () => job.estimates.traffic],
