@@ -19,6 +19,7 @@ class Example:
     so many steps.
 
     options: how its pipeline is told beside; named: what it calls the scale, nothing where the checkpoint says it.
+    sized: whether its pipeline asks for height and width, rather than take what is near to the picture's.
     schedulers: some that take the place of its own, and what they are told beside its settings.
     """
 
@@ -30,12 +31,18 @@ class Example:
     guided: bool = True
     images: bool = False
     image: bool = False
+    sized: bool = True
     steps: int = 2
     options: dict[str, Any] = field(default_factory=dict)
     schedulers: dict[str, dict[str, Any]] = field(default_factory=dict)
 
-    def reference(self, folder: Path, prompt: str, negative: str, seed: int, scheduler: str = "") -> np.ndarray:
-        """Levels [F, H, W, 3] of diffusers' own pipeline, on one process; by another scheduler, if one is named."""
+    def reference(
+        self, folder: Path, prompt: str, negative: str, seed: int, scheduler: str = "", start: Path | None = None
+    ) -> np.ndarray:
+        """Levels [F, H, W, 3] of diffusers' own pipeline, on one process; by another scheduler, if one is named.
+
+        start: a picture to start from instead of that of the checkpoint.
+        """
         import diffusers
         import torch
         from diffusers import DiffusionPipeline
@@ -49,14 +56,16 @@ class Example:
         pipe.set_progress_bar_config(disable=True)
         if not self.named:
             pipe.tokenizer_max_length = self.length
-        sizes = {"height": self.size[1], "width": self.size[2]} | ({} if self.images else {"num_frames": self.size[0]})
+        sizes = {} if self.images else {"num_frames": self.size[0]}
+        if self.sized:
+            sizes |= {"height": self.size[1], "width": self.size[2]}
         made = pipe(
             prompt=prompt,
             **({"negative_prompt": negative} if self.guided else {}),
             **({self.named: self.scale, "max_sequence_length": self.length} if self.named else {}),
             **sizes,
             **self.options,
-            **({"image": load_image(str(picture(folder)))} if self.image else {}),
+            **({"image": load_image(str(start or picture(folder)))} if self.image else {}),
             num_inference_steps=self.steps,
             generator=torch.Generator().manual_seed(seed),
             output_type="np",
@@ -68,7 +77,7 @@ class Example:
 def picture(folder: Path) -> Path:
     """The picture that videos of the checkpoint in `folder` start from."""
     path = folder.with_suffix(".png")
-    return path if path.exists() else write_picture(path)
+    return path if path.exists() else write_picture(path, (80, 50))
 
 
 def t5(width: int, vocabulary: int) -> Any:
@@ -227,9 +236,9 @@ def mochi(tokenizer: Any) -> Any:
     return diffusers.MochiPipeline(scheduler, vae, t5(16, len(tokenizer)), tokenizer, transformer)
 
 
-def hunyuanvideo15(tokenizer: Any) -> Any:
+def hunyuanvideo15(tokenizer: Any, image: bool = False) -> Any:
     import diffusers
-    from transformers import ByT5Tokenizer
+    from transformers import ByT5Tokenizer, SiglipImageProcessor, SiglipVisionConfig, SiglipVisionModel
     from transformers.models.qwen2_5_vl import Qwen2_5_VLTextConfig, Qwen2_5_VLTextModel
 
     transformer: Any = diffusers.HunyuanVideo15Transformer3DModel(
@@ -243,7 +252,9 @@ def hunyuanvideo15(tokenizer: Any) -> Any:
         text_embed_2_dim=14,
         image_embed_dim=6,
         rope_axes_dim=(4, 6, 6),
-        task_type="t2v",
+        target_size=40,  # of 48 x 32 pixels for a picture of 80 x 50
+        task_type="i2v" if image else "t2v",
+        use_meanflow=image,
     )
     vae: Any = diffusers.AutoencoderKLHunyuanVideo15(
         latent_channels=4, block_out_channels=(8, 8, 8, 8, 8), layers_per_block=1
@@ -258,7 +269,14 @@ def hunyuanvideo15(tokenizer: Any) -> Any:
     letters = ByT5Tokenizer()
     guider, scheduler = diffusers.ClassifierFreeGuidance(4.0), diffusers.FlowMatchEulerDiscreteScheduler(shift=5.0)
     second = t5(14, len(letters)), letters
-    return diffusers.HunyuanVideo15Pipeline(llm, tokenizer, transformer, vae, scheduler, *second, guider)
+    parts = llm, tokenizer, transformer, vae, scheduler, *second, guider
+    if not image:
+        return diffusers.HunyuanVideo15Pipeline(*parts)
+    sizes = {"hidden_size": 6, "intermediate_size": 20, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision = SiglipVisionModel(SiglipVisionConfig(image_size=9, patch_size=3, **sizes))
+    return diffusers.HunyuanVideo15ImageToVideoPipeline(
+        *parts, vision, SiglipImageProcessor(size={"height": 9, "width": 9})
+    )
 
 
 def qwenimage(tokenizer: Any) -> Any:
@@ -335,6 +353,14 @@ EXAMPLES = {
     "hunyuanvideo": Example(partial(make, build=hunyuanvideo), (5, 48, 80), guided=False, schedulers=flow(7.0, UNIPC)),
     "hunyuanvideo15": Example(
         partial(make, build=hunyuanvideo15), (5, 32, 48), length=21, named="", schedulers=flow(5.0, UNIPC)
+    ),
+    "hunyuanvideo15-image": Example(
+        partial(make, build=partial(hunyuanvideo15, image=True)),
+        (5, 32, 48),
+        length=21,
+        named="",
+        image=True,
+        sized=False,
     ),
     "mochi": Example(partial(make, build=mochi), (7, 32, 48), length=23),
     "qwenimage": Example(

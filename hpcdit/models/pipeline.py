@@ -6,6 +6,7 @@ shared out, see `split`. All of it by diffusers' and torch's public hooks; what 
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from inspect import signature
 from itertools import count
 from typing import Any, Self
 
@@ -189,11 +190,11 @@ class PipelineAdapter(Adapter):
             del scheduler.step
 
     def _sizes(self, latents: Tensor) -> dict[str, int]:
-        frames, rows, columns = latents.shape[2:]
-        sizes = {"height": rows * self.shape.vae_spatial, "width": columns * self.shape.vae_spatial}
-        if not self.shape.images:
-            sizes["num_frames"] = self.shape.num_frames(frames)
-        return sizes
+        """Those that the pipeline asks for: one of images has no frames, one may look at the picture for the others."""
+        (frames, *sides), taken = latents.shape[2:], signature(self._pipe.__call__).parameters
+        height, width = (n * self.shape.vae_spatial for n in sides)
+        sizes = {"num_frames": self.shape.num_frames(frames), "height": height, "width": width}
+        return {name: size for name, size in sizes.items() if name in taken}
 
     def _begin(self, sequence: Sequence, halves: Halves | None, negative: Encoding | None, like: torch.Size) -> None:
         for split, passes, guidance in zip(self._splits, self._passes, self._guidances, strict=True):

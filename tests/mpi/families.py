@@ -33,6 +33,7 @@ PROGRAM = (
     "ltx",
     "hunyuanvideo",
     "hunyuanvideo15",
+    "hunyuanvideo15-image",
     "mochi",
     "qwenimage",
 )

@@ -105,6 +105,8 @@ def test_a_checkpoint_that_is_not_whole_or_of_another_kind_is_refused(
         ("mochi", "vae", "latents_mean", [0.0], "null or 12 numbers"),
         ("mochi", "transformer", "text_embed_dim", 12, "16, the text encoder's d_model"),
         ("hunyuanvideo15", "transformer", "text_embed_2_dim", 12, "14, of text_encoder_2"),
+        ("hunyuanvideo15-image", "transformer", "image_embed_dim", 12, "6, of image_encoder"),
+        ("hunyuanvideo15", "transformer", "use_meanflow", True, "false (text to video)"),
         ("cogvideox-image", "transformer", "in_channels", 4, "8, of the VAE's 4 latent_channels"),
         ("cogvideox-image", "transformer", "use_rotary_positional_embeddings", False, "true, as in 5B and 1.5"),
         ("cogvideox15", "transformer", "patch_size_t", 3, "null or 2"),
@@ -133,6 +135,23 @@ def test_a_picture_is_encoded_whatever_type_the_model_computes_in(checkpoints: P
     noise, alone = adapter.noise(3, *example.size), Member(Group(adapter.shape.length(*example.size, 23)), 0)
     latents = adapter.denoise(conditions, noise, 1, 4.0, alone, lambda *_: None, seeds=(3,))
     assert latents.isfinite().all() and latents.std() > 0.1
+
+
+def test_a_picture_is_cut_to_the_video_s_size_where_the_pipeline_takes_that_from_the_picture(
+    checkpoints: Path, tmp_path: Path
+) -> None:
+    """The pipeline is given the upright middle of the picture, which has the size that is asked for here."""
+    name, size, (prompt, negative, seed) = "hunyuanvideo15-image", (5, 48, 32), PROMPTS[0]
+    example, adapter = EXAMPLES[name], PipelineAdapter.load(inspect(checkpoints / name))
+    part, whole = tmp_path / "upright.png", picture(checkpoints / name)
+    processor = diffusers.image_processor.VaeImageProcessor()
+    processor.resize(diffusers.utils.load_image(str(whole)), *size[1:], resize_mode="crop").save(part)
+    expected = example.reference(checkpoints / name, prompt, negative, seed, start=part).astype(int)
+    conditions = adapter.encode(prompt, negative, True, example.length, str(whole))
+    alone = Member(Group(adapter.shape.length(*size, example.length)), 0)
+    settings = example.steps, example.scale, alone, lambda *_: None
+    found = adapter.decode(adapter.denoise(conditions, adapter.noise(seed, *size), *settings, seeds=(seed,)))
+    assert found.shape == expected.shape == (5, 48, 32, 3) and abs(found - expected).max() <= 1
 
 
 @pytest.mark.parametrize("name", EXAMPLES)

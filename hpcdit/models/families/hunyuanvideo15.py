@@ -1,11 +1,16 @@
-"""HunyuanVideo 1.5 text-to-video: text, and words in quotes letter by letter, in one sequence with the video."""
+"""HunyuanVideo 1.5, from text or from text and a picture.
+
+Text, words in quotes letter by letter, and what an encoder makes of the picture are one sequence with the video.
+"""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from ..configs import Config, check_counts
-from ..family import DIFFUSERS, Component, Family, encoder, model, parts, scheduler, tokenizer
+from ..configs import Config
+from ..family import DIFFUSERS, Component, Family, encoder, model, parts, processor, scheduler, tokenizer
 from ..loading import ModelFolder
+from . import hunyuanvideo15_configs as configs
+from .hunyuanvideo15_configs import IMAGE
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
@@ -13,34 +18,22 @@ if TYPE_CHECKING:
     from ..base import Encoding
     from ..split import Split
 
-TRANSFORMER = {
-    "in_channels": 65,
-    "out_channels": 32,
-    "num_attention_heads": 16,
-    "attention_head_dim": 128,
-    "num_layers": 54,
-    "patch_size": 1,
-    "patch_size_t": 1,
-    "text_embed_dim": 3584,
-    "text_embed_2_dim": 1472,
-    "use_meanflow": False,
-}
-VAE = {"latent_channels": 32, "spatial_compression_ratio": 16, "temporal_compression_ratio": 4}
-GUIDER = {"start": 0.0, "stop": 1.0, "enabled": True, "use_original_formulation": False}
 LETTERS = 256  # tokens of the words in quotes: HunyuanVideo15Pipeline's own
 
 
 class HunyuanVideo15(Family):
-    pipelines = ("HunyuanVideo15Pipeline",)
+    pipelines = "HunyuanVideo15Pipeline", IMAGE
     components = parts(
-        transformer=model("HunyuanVideo15Transformer3DModel", TRANSFORMER),
-        vae=model("AutoencoderKLHunyuanVideo15", VAE),
+        transformer=model("HunyuanVideo15Transformer3DModel", configs.TRANSFORMER),
+        vae=model("AutoencoderKLHunyuanVideo15", configs.VAE),
         text_encoder=encoder("Qwen2_5_VLTextModel"),
         text_encoder_2=encoder("T5EncoderModel"),
+        image_encoder=encoder("SiglipVisionModel", needed=False),
+        feature_extractor=processor("SiglipImageProcessor", "SiglipImageProcessorPil"),
         tokenizer=tokenizer("Qwen2Tokenizer", "Qwen2TokenizerFast"),
         tokenizer_2=tokenizer("ByT5Tokenizer", vocabulary=False),
         scheduler=scheduler("FlowMatchEulerDiscreteScheduler"),
-        guider=Component(DIFFUSERS, ("ClassifierFreeGuidance",), config="guider_config.json", defaults=GUIDER),
+        guider=Component(DIFFUSERS, ("ClassifierFreeGuidance",), config="guider_config.json", defaults=configs.GUIDER),
     )
     schedulers = ("UniPCMultistepScheduler",)
     asked: Mapping[str, str] = {
@@ -53,29 +46,19 @@ class HunyuanVideo15(Family):
     calls_back = False
 
     def check(self, index: Config, found: Mapping[str, Config]) -> None:
-        transformer, vae, guider = found["transformer"], found["vae"], found["guider"]
-        check_counts(transformer, "num_layers", "num_attention_heads", "attention_head_dim")
-        check_counts(transformer, "patch_size", "patch_size_t")
-        check_counts(vae, "latent_channels", "spatial_compression_ratio", "temporal_compression_ratio")
-        channels, taken = vae["latent_channels"], 2 * vae["latent_channels"] + 1
-        transformer.need("in_channels", lambda n: n == taken, f"{taken}, the noise, a picture's latents and their mask")
-        transformer.need("out_channels", lambda n: n == channels, f"{channels}, the VAE's latent_channels")
-        transformer.need("use_meanflow", lambda flag: not flag, "false")
-        widths = found["text_encoder"]["hidden_size"], found["text_encoder_2"]["d_model"]
-        transformer.need("text_embed_dim", lambda n: n == widths[0], f"{widths[0]}, of text_encoder")
-        transformer.need("text_embed_2_dim", lambda n: n == widths[1], f"{widths[1]}, of text_encoder_2")
-        for key, value in GUIDER.items():
-            guider.need(key, lambda said: said == value, f"{value}")  # noqa: B023
+        configs.check(index, found)
 
     def sizes(self, folder: ModelFolder) -> dict[str, Any]:
-        transformer, vae = folder.transformer, folder.vae
+        transformer, vae, encoder = folder.transformer, folder.vae, folder.parts.get("image_encoder")
+        picture = (encoder["image_size"] // encoder["patch_size"]) ** 2 if encoder else 0
         return dict(
             latent_channels=vae["latent_channels"],
             patch=(transformer["patch_size_t"], transformer["patch_size"], transformer["patch_size"]),
             vae_temporal=vae["temporal_compression_ratio"],
             vae_spatial=vae["spatial_compression_ratio"],
             joint=True,
-            beside=LETTERS,
+            beside=LETTERS + picture,
+            image=encoder is not None,
         )
 
     def prepare(self, pipe: Any) -> None:
@@ -110,6 +93,14 @@ class HunyuanVideo15(Family):
     def guide(self, pipe: Any, scale: float) -> dict[str, Any]:
         pipe.guider = pipe.guider.new(guidance_scale=max(scale, 1.0))  # 1: none
         return {}
+
+    def options(self, pipe: Any, latents: "Tensor", image: Any, seeds: tuple[int, ...]) -> dict[str, Any]:
+        if image is None:
+            return {}
+        # The pipeline cuts the picture to a size near the picture's own; here, to that of the video that is asked for.
+        height, width = (n * pipe.vae_scale_factor_spatial for n in latents.shape[-2:])
+        pipe.video_processor.calculate_default_height_width = lambda **_: (height, width)
+        return {"image": image}
 
     def decode(self, pipe: Any, latents: "Tensor") -> "Tensor":
         return pipe.vae.decode(latents / pipe.vae.config.scaling_factor, return_dict=False)[0]
