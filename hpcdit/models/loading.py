@@ -29,7 +29,8 @@ class ModelShape:
 
     patch: latent (frames, rows, columns) of one token; vae_temporal, vae_spatial: pixels per latent along
     time and along height and width; max_patches: tokens in one direction that its rotary table has rows for;
-    multiple: what the family's pipeline asks of height and width beyond that; ffn_dim: width of the feed-forward
+    multiple: what the family's pipeline asks of height and width beyond that; frame_multiple: that of the frames after
+    the first; ffn_dim: width of the feed-forward
     layers. images: whether it makes images, which are videos of one frame; image: whether it starts from one; joint:
     whether the text's tokens are attended together with the video's, in one sequence; beside: tokens of the
     text beside those of max_sequence_length; text: the only max_sequence_length that the model takes, 0 where it is
@@ -50,6 +51,7 @@ class ModelShape:
     vae_spatial: int
     max_patches: int = 1024
     multiple: int = 1
+    frame_multiple: int = field(default=1, kw_only=True)
     ffn_dim: int = 0
     images: bool = False
     image: bool = False
@@ -104,9 +106,9 @@ class ModelShape:
             raise InputError(f"max_sequence_length: {max_sequence_length}; allowed: {self.text}, as of this model")
         if self.images and num_frames != 1:
             raise InputError(f"num_frames: {num_frames}; allowed: 1, this is a model of images")
-        step = self.vae_temporal * self.patch[0]
-        first = self.num_frames(self.patch[0])
-        _check_size("num_frames", num_frames, step, first, first + step * (self.max_patches - 1))
+        token, first = self.vae_temporal * self.patch[0], self.num_frames(self.patch[0])
+        step, most = math.lcm(token, self.frame_multiple), token * (self.max_patches - 1)
+        _check_size("num_frames", num_frames, step, first, first + most // step * step)
         for i, (key, size) in enumerate((("height", height), ("width", width))):
             if self.only and size != self.only[i]:
                 raise InputError(f"{key}: {size}; allowed: {self.only[i]}, as of this model")

@@ -8,10 +8,12 @@ import diffusers
 import h5py
 import numpy as np
 import pytest
+import torch
 
 from hpcdit.config import load, resolve_sampling
+from hpcdit.errors import InputError
 from hpcdit.models.families import families
-from hpcdit.models.loading import inspect, shape
+from hpcdit.models.loading import ModelShape, inspect, shape
 from hpcdit.models.pipeline import PipelineAdapter
 from tests.checkpoints import edit, refusal
 from tests.families import EXAMPLES, PROMPTS, Example, picture
@@ -119,6 +121,25 @@ def test_parts_that_do_not_fit_are_refused(
     folder = shutil.copytree(checkpoints / name, tmp_path / name)
     edit(folder / part / "config.json", **{key: value})
     assert refusal(folder) == f"{part}/config.json: {key}: {value} is not supported; allowed: {allowed}"
+
+
+@pytest.mark.parametrize("name", [name for name, example in EXAMPLES.items() if not example.images])
+def test_videos_of_a_legal_length_come_out_that_long(checkpoints: Path, name: str) -> None:
+    """The nearest three numbers of frames to that of the example, decoded; in their own few rows and columns."""
+    adapter, (frames, *sides) = PipelineAdapter.load(inspect(checkpoints / name)), EXAMPLES[name].size
+    legal = [n for n in range(1, frames + 9) if not illegal(adapter.shape, n, *sides)]
+    assert frames in legal
+    for count in legal[-3:]:
+        latents = torch.zeros(1, *adapter.shape.latents(count, *sides))
+        assert len(adapter.decode(latents)) == count
+
+
+def illegal(of: ModelShape, num_frames: int, height: int, width: int) -> bool:
+    try:
+        of.legal(num_frames, height, width)
+    except InputError:
+        return True
+    return False
 
 
 def test_a_guider_that_leaves_steps_unguided_is_refused(checkpoints: Path, tmp_path: Path) -> None:

@@ -85,6 +85,13 @@ def test_latent_frames_before_the_video_s_make_whole_patches_of_it() -> None:
     assert shape.tokens(81, 480, 720) == 11 * 30 * 45
 
 
+def test_frames_that_the_vae_makes_in_pairs_of_latent_frames_come_in_no_other_number() -> None:
+    """As in CogVideoX: asked for 45 frames, diffusers makes 48."""
+    shape = ModelShape(2, 5, 16, 16, (1, 2, 2), 4, 8, frame_multiple=8)
+    assert [refused(shape, n, 480, 720) for n in (1, 9, 49)] == [""] * 3
+    assert refused(shape, 45, 480, 720).endswith("allowed: 8k + 1 up to 4089; nearest: 41 or 49")
+
+
 def test_a_model_of_one_size_takes_no_other() -> None:
     shape = ModelShape(2, 5, 16, 16, (1, 2, 2), 4, 8, only=(480, 720))
     assert refused(shape, 49, 480, 720) == ""

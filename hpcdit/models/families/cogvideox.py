@@ -45,6 +45,7 @@ class CogVideoX(Family):
             vae_temporal=vae["temporal_compression_ratio"],
             vae_spatial=spatial,
             before=frames - 1,
+            frame_multiple=2 * vae["temporal_compression_ratio"],  # the VAE makes three frames too many of others
             joint=True,
             text=transformer["max_text_seq_length"],
             image=folder.pipeline == IMAGE,
