@@ -7,7 +7,8 @@ a run that was slow to look would remove what another has just made. Times are a
 clocks of hosts need not agree.
 
 A video that fails is marked by the file `<id>.failed`, with the reason, and no other run tries it, for as long as runs
-that share the folder go on.
+that share the folder go on. A run that starts when no other is at work removes the marks: whoever restarts wants those
+videos tried again. A killed run counts as at work for `stale_s`, but not on its own host, where its process is gone.
 """
 
 import json
@@ -106,7 +107,7 @@ class Claims:
     def _forget_failures(self) -> None:
         """For whoever comes later to try again; not while others are here."""
         runs = [path for path in self._folder.glob(".*") if path != self._clock]
-        if not any(self._alive(path) for path in runs):
+        if not any(self._alive(path) and not _ended(path.name[1:]) for path in runs):
             for path in self._folder.glob(f"*.{FAILED}"):
                 path.unlink(missing_ok=True)
 
@@ -166,9 +167,27 @@ def failures(output_dir: Path) -> dict[str, str]:
     return found
 
 
+def _host() -> str:
+    return "".join(c if c.isalnum() else "_" for c in os.uname().nodename)[:64]
+
+
+def _ended(name: str) -> bool:
+    """Whether the run of this name is known to have ended: it was of this host, and its process is gone."""
+    rest, _, process = name.rpartition("-")
+    if rest.rpartition("-")[2] != _host() or not (process.isascii() and process.isdecimal()):
+        return False
+    try:
+        os.kill(int(process), 0)
+    except (ProcessLookupError, OverflowError):
+        return True
+    except OSError:
+        pass
+    return False
+
+
 def run_name() -> str:
     """What a run that shares its folder is called: by the batch system's number if there is one, host and process."""
-    env, host = os.environ, "".join(c if c.isalnum() else "_" for c in os.uname().nodename)[:64]
+    env, host = os.environ, _host()
     array, task = env.get("SLURM_ARRAY_JOB_ID", ""), env.get("SLURM_ARRAY_TASK_ID", "")
     job = f"{array}_{task}" if array.isdigit() and task.isdigit() else env.get("SLURM_JOB_ID", "")
     return "-".join([job] * job.replace("_", "").isdigit() + [host, str(os.getpid())])

@@ -8,6 +8,7 @@ from pathlib import Path
 from ..cluster import Cluster, World
 from ..device import Device, resident_peak_bytes
 from ..models.base import Adapter
+from ..output.claims import failures
 from ..output.trace import Trace
 from ..planner.presets import to_keys
 from ..planner.reasons import seconds
@@ -56,6 +57,20 @@ def warn_unguided(batch: Batch, cfg: int, adapter: Adapter, report: Report) -> N
 
 def log_traffic(world: World, mine: Traffic, report: Report | None) -> None:
     """What the attention of all ranks moved since they were connected, by link class. Collective."""
+def warn_of_failures(batch: Batch, folder: Path, stale_s: float, report: Report | None) -> None:
+    """Names the videos that are not tried again, since other runs that share the folder have failed at them."""
+    found = failures(folder)
+    ids = [job.id for job in batch.todo if job.id in found]
+    if report and ids:
+        few = ", ".join(ids[:3]) + ", ..." * (len(ids) > 3)
+        text = (
+            f"{len(ids)} of the videos failed in runs that are still at work in {folder}, and are not tried again:"
+            f" {few}; a run that starts when none is tries them, or {stale_s:g} s (queue.stale_s) after one was killed"
+        )
+        report.log.warning("%s", text)
+        say(f"hpcdit: {text}")
+
+
     every = [json.loads(text) for text in world.gather(json.dumps(vars(mine)).encode(), 0, "the bytes that were moved")]
     if report:
         inter, intra = (sum(each[link] for each in every) / 1e9 for link in ("inter", "intra"))

@@ -21,7 +21,7 @@ from ..stop import StopRequest
 from ..transport import Network
 from ..transport.base import Transport
 from ..transport.heap import HEAP_BYTES
-from . import films
+from . import films, notes
 from .batch import Batch
 from .checkpoints import Checkpoints
 from .decoding import RowDecoder, row_decoder
@@ -214,4 +214,5 @@ def _source(run: Run) -> Source:
         claims = Claims(run.folder, run_name(), run.config.queue.stale_s)
     shared = Shared(todo, [job.id for job in run.batch.todo], claims)
     run.stack.callback(shared.close)
+    notes.warn_of_failures(run.batch, run.folder, run.config.queue.stale_s, run.report)
     return shared

@@ -83,11 +83,16 @@ def test_shares_are_by_position_and_a_folder_is_shared_by_all_or_by_none(tmp_pat
 
 
 def test_a_run_that_waits_for_a_silent_one_tells_what_it_has_done_and_stops_on_request(tmp_path: Path) -> None:
-    file = prompts(tmp_path / "p.jsonl", [f'{{"prompt": "a circle", "id": "{id}"}}' for id in ("here", "there")])
+    file = prompts(tmp_path / "p.jsonl", [f'{{"prompt": "a circle", "id": "{id}"}}' for id in ("here", "there", "bad")])
     (tmp_path / "out" / "claims").mkdir(parents=True)
-    (tmp_path / "out" / "claims" / "there.0").touch()
+    for name in ("there.0", ".another_host-1"):
+        (tmp_path / "out" / "claims" / name).touch()
+    (tmp_path / "out" / "claims" / "bad.failed").write_text("no picture")
     with Running(2, f"prompts={file}", "queue.shared=true", *TINY, *SHORT, cwd=tmp_path) as program:
-        program.until("1/2 videos, here done")
+        program.until(
+            "1 of the videos failed in runs that are still at work .* not tried again: bad; a run that starts"
+        )
+        program.until("1/3 videos, 1 by other runs, 1 to go, here done")
         deadline = time.monotonic() + 30
         while (tmp_path / "out" / "claims" / "here.0").exists():
             assert time.monotonic() < deadline, "it is released"
@@ -96,5 +101,7 @@ def test_a_run_that_waits_for_a_silent_one_tells_what_it_has_done_and_stops_on_r
         os.kill(int(re.findall(r"rank 1: .* pid (\d+)", log.read_text())[0]), signal.SIGTERM)
         code, _ = program.ended(60)
         assert code == 75, program.said
-    assert statuses(tmp_path / "out") == {"here": ("done", ""), "there": ("pending", "")}
-    assert [path.name for path in (tmp_path / "out" / "claims").iterdir()] == ["there.0"]
+    bad = "failed", "no picture"
+    assert statuses(tmp_path / "out") == {"here": ("done", ""), "there": ("pending", ""), "bad": bad}
+    left = sorted(path.name for path in (tmp_path / "out" / "claims").iterdir())
+    assert left == [".another_host-1", "bad.failed", "there.0"]

@@ -198,6 +198,23 @@ def test_a_video_that_fails_in_one_run_is_tried_by_no_other_but_by_one_that_come
     five.close()
 
 
+def test_a_killed_run_of_this_host_keeps_no_failures_of_others_or_of_its_own(tmp_path: Path) -> None:
+    with subprocess.Popen(["true"]) as process:
+        process.wait()
+    name = run_name().rpartition("-")[0]
+    runs = {f"{name}-{process.pid}": True, f"another_host-{process.pid}": False, f"{name}-1": False}
+    for elsewhere, tried in runs.items():
+        killed = claims(tmp_path, elsewhere)
+        assert killed.take("a")
+        killed.fail("a", "no picture")
+        killed._closed.set()  # and never closed
+        again = claims(tmp_path, "again")
+        assert again.take("a") == tried, elsewhere
+        again.close()
+        (tmp_path / FOLDER / "a.failed").unlink(missing_ok=True)
+        (tmp_path / FOLDER / f".{elsewhere}").unlink(missing_ok=True)
+
+
 WORKER = """
 import os, sys, time
 from pathlib import Path
