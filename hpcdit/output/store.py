@@ -168,7 +168,7 @@ class Index:
         self.path = Path(output_dir) / "job.h5"
         self.every, self._look = every, look
         self._rows = {row.id: row for row in rows}
-        self._due = 0.0
+        self._due = self._look_due = 0.0
 
     @property
     def rows(self) -> tuple[Row, ...]:
@@ -180,6 +180,17 @@ class Index:
         if time.monotonic() >= self._due:
             self.write()
 
+    def catch_up(self) -> None:
+        """Takes in what other runs have done, if it is time: to look takes long where there are many videos."""
+        start = time.monotonic()
+        if start >= self._look_due:
+            self._take(self._look())
+            end = time.monotonic()
+            self._look_due = end + max(self.every, 20 * (end - start))
+
+    def _take(self, changed: Sequence[Row]) -> None:
+        self._rows |= {row.id: row for row in changed if row.status != self._rows[row.id].status}
+
     def write(self, events: np.ndarray | None = None) -> None:
         """Writes the file now, in place of the old one. events: the job's own trace, EVENT [n].
 
@@ -187,7 +198,7 @@ class Index:
         """
         start, changed = time.monotonic(), self._look()
         while True:
-            self._rows |= {row.id: row for row in changed if row.status != self._rows[row.id].status}
+            self._take(changed)
             self._write(events)
             if not (changed := self._look()):
                 break

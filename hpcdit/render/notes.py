@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+from collections import Counter
 from pathlib import Path
 
 from ..cluster import Cluster, World
@@ -55,8 +56,6 @@ def warn_unguided(batch: Batch, cfg: int, adapter: Adapter, report: Report) -> N
         )  # fmt: skip
 
 
-def log_traffic(world: World, mine: Traffic, report: Report | None) -> None:
-    """What the attention of all ranks moved since they were connected, by link class. Collective."""
 def warn_of_failures(batch: Batch, folder: Path, stale_s: float, report: Report | None) -> None:
     """Names the videos that are not tried again, since other runs that share the folder have failed at them."""
     found = failures(folder)
@@ -71,6 +70,8 @@ def warn_of_failures(batch: Batch, folder: Path, stale_s: float, report: Report 
         say(f"hpcdit: {text}")
 
 
+def log_traffic(world: World, mine: Traffic, report: Report | None) -> None:
+    """What the attention of all ranks moved since they were connected, by link class. Collective."""
     every = [json.loads(text) for text in world.gather(json.dumps(vars(mine)).encode(), 0, "the bytes that were moved")]
     if report:
         inter, intra = (sum(each[link] for each in every) / 1e9 for link in ("inter", "intra"))
@@ -97,11 +98,16 @@ def log_memory(
             )
 
 
-def summary(folder: Path, report: Report, there: int, shared: bool) -> None:
-    text = f"{report.done} videos done in {clock(report.seconds)}"
+def summary(folder: Path, report: Report, there: int, most_failures: int | None) -> None:
+    """What this run has made, what others have, and what is left in all."""
+    tally, theirs = report.tally, Counter(report.tally.theirs.values())
+    text = f"{tally.done} videos done in {clock(report.seconds)}"
     text += f", {there} were there" * bool(there)
-    text += f", {report.failed} failed (see job.h5 and run.log)" * bool(report.failed)
-    if report.pending:
-        text += f", {report.pending} {'by other runs' if shared else 'not begun (failures.max)'}"
+    text += f", {theirs['done']} done by other runs" * bool(theirs["done"])
+    text += f", {tally.failed} failed (see job.h5 and run.log)" * bool(tally.failed)
+    text += f", {theirs['failed']} failed in other runs (see job.h5)" * bool(theirs["failed"])
+    if tally.to_go:
+        enough = most_failures is not None and tally.failed >= most_failures
+        text += f", {tally.to_go} left to {'do (failures.max)' if enough else 'runs that are at work'}"
     report.log.info(text)
     say(f"hpcdit: {text}: {folder / 'videos'}", sys.stdout)

@@ -16,6 +16,7 @@ from ..output.store import Index
 from ..output.trace import EVENT
 from ..terminal import say
 from .live import At, State, View
+from .tally import Tally
 
 LINE_S = 5.0  # between two progress lines where the output is not a terminal
 
@@ -70,14 +71,12 @@ class Report:
     """
 
     def __init__(self, index: Index, log: logging.Logger, work: dict[str, int], there: int) -> None:
-        self._index, self.log, self._work = index, log, work
+        self._index, self.log, self._there = index, log, there
         self.events = np.empty(0, EVENT)  # the job's own trace
-        self._there, self._done, self._failed = there, 0, 0
-        self._all_steps, self._steps, self._shown = sum(work.values()), 0, 0.0
-        self._opened = self._start = time.monotonic()  # the start is set anew when the first video begins
+        self.tally = Tally(work)
+        self._opened, self._shown = time.monotonic(), 0.0
         self._view = View(shutil.get_terminal_size().columns) if sys.stderr.isatty() else None
         self._failures = list[tuple[str, str]]()  # id and reason
-        self._before = 0  # steps that earlier runs have done
         self._at: dict[int, At] = {}  # what each group is at
 
     def hear(self, note: dict[str, Any]) -> None:
@@ -102,75 +101,66 @@ class Report:
             case {"what": "idle", "group": group}:
                 self._at.pop(group, None)
 
-    @property
-    def pending(self) -> int:
-        return len(self._work) - self._done - self._failed
-
-    @property
-    def failed(self) -> int:
-        return self._failed
-
     def begins(self, group: int, ids: list[str], plan: str, step: int = 0) -> None:
         """step: as many steps of these videos were done before."""
-        self._before += step * len(ids)
-        self._start = time.monotonic() if not self._steps else self._start
+        self._look()
+        self.tally.begins(ids, step)
         for job_id in ids:
             how = f"goes on after step {step}" if step else "starts"
             self.log.info("%s: %s%s (%s)", job_id, how, f" in replica {group}" if group else "", plan)
 
     def step(self, group: int, ids: list[str], step: int) -> None:
         """Step `step` (from 0) of videos that a group renders together has ended."""
-        self._steps += len(ids)
+        self.tally.step(ids, step)
         more = f" +{len(ids) - 1}" if len(ids) > 1 else ""
-        self._at[group] = At(f"{ids[0]}{more}", step + 1, self._work[ids[0]])
+        self._at[group] = At(f"{ids[0]}{more}", step + 1, self.tally.work[ids[0]])
         self._show(", ".join(f"{at.videos} step {at.step}/{at.steps}" for _, at in sorted(self._at.items())))
 
     def ended(self, job_id: str, status: str, seconds: float, reason: str) -> None:
         with _as_broken_run():
             self._index.update(job_id, status, seconds, reason)
+        self.tally.ended(job_id, status == "done")
         if status == "done":
-            self._done += 1
             self.log.info("%s: done in %.1f s", job_id, seconds)
         else:
-            self._failed += 1
             self.log.error("%s: failed: %s", job_id, reason)
             self._failures.append((job_id, reason))
             if not self._view:
                 say(f"{job_id}: failed: {reason}")
         self._show(f"{job_id} {status}", now=True)
 
+    def _look(self) -> None:
+        """For what other runs have done."""
+        with _as_broken_run():
+            self._index.catch_up()
+        self.tally.elsewhere(self._index.rows)
+
     def _show(self, what: str, now: bool = False) -> None:
-        elapsed = time.monotonic() - self._start
-        if not now and not self._view and elapsed - self._shown < LINE_S:
+        tally = self.tally
+        if not now and not self._view and tally.elapsed - self._shown < LINE_S:
             return
-        self._shown = elapsed
-        left = elapsed / self._steps * max(self._all_steps - self._before - self._steps, 0) if self._steps else 0.0
-        there = f" ({self._there} were there)" if self._there else ""
-        line = f"{self._done}/{len(self._work)} videos{there}, {what}, {clock(left)} left"
+        self._shown = tally.elapsed
+        self._look()
+        count = f"{tally.done}/{len(tally.work)} videos"
+        count += f", {len(tally.theirs)} by other runs, {tally.to_go} to go" * bool(tally.theirs)
+        count += f" ({self._there} were there)" * bool(self._there)
+        left = f"{clock(tally.left_s)} left"
         if not self._view:
-            say(line)
+            say(f"{count}, {what}, {left}")
             return
-        rate = f", {self._done / elapsed * 3600:.3g} videos an hour" if self._done and elapsed else ""
-        failed = f", {self._failed} failed" if self._failed else ""
-        headline = f"{self._done}/{len(self._work)} videos{there}{failed}{rate}, {clock(left)} left"
-        share = (self._before + self._steps) / max(self._all_steps, 1)
-        self._view.show(State(headline, share, self._at, self._failures), now)
+        rate = f", {tally.done / tally.elapsed * 3600:.3g} videos an hour" if tally.done and tally.elapsed else ""
+        failed = f", {tally.failed} failed" * bool(tally.failed)
+        self._view.show(State(f"{count}{failed}{rate}, {left}", tally.share, self._at, self._failures), now)
 
     def close(self) -> None:
         """Writes the index."""
         with _as_broken_run():
             self._index.write(self.events)
-        self.log.info("videos took %.1f s, after %.1f s of loading", time.monotonic() - self._start, self._loading)
-
-    @property
-    def _loading(self) -> float:
-        return self._start - self._opened
+        self.tally.elsewhere(self._index.rows)
+        loading = self.tally.start - self._opened
+        self.log.info("videos took %.1f s, after %.1f s of loading", self.tally.elapsed, loading)
 
     @property
     def seconds(self) -> float:
         """Since the run was set up."""
         return time.monotonic() - self._opened
-
-    @property
-    def done(self) -> int:
-        return self._done

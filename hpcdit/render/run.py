@@ -58,8 +58,8 @@ def render(config: Config, world: World, cluster: Cluster, batch: Batch, stop: S
             report.close()
         code = OK
         if report:
-            code = FAILED if report.failed else OK
-            notes.summary(folder, report, len(batch.done), config.queue.claims)
+            code = FAILED if report.tally.failed else OK
+            notes.summary(folder, report, len(batch.done), config.failures.max)
         return int(world.broadcast(code, "the exit code"))
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from hpcdit.output.record import Row
 from hpcdit.output.store import Index
-from hpcdit.render import live, progress
+from hpcdit.render import live, notes, progress
 
 
 def test_the_line_shows_what_every_group_is_at(
@@ -30,7 +30,7 @@ def test_the_line_shows_what_every_group_is_at(
         "1/3 videos, c done",
         "1/3 videos, a +1 step 4/4",
     ]
-    assert report.done == 1
+    assert report.tally.done == 1
 
 
 class Screen:
@@ -89,3 +89,43 @@ def test_a_full_disk_is_told_once_and_the_run_goes_on(capsys: pytest.CaptureFixt
     log.info("one")
     log.info("two")
     assert capsys.readouterr().err == "hpcdit: /dev/full: cannot be written: No space left on device\n"
+
+
+def test_what_other_runs_have_made_is_told_apart_and_counts_in_what_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of five videos of four steps this run makes one in 8 s while others make two: 12 steps, of 8 that are left."""
+    clock, changed = [100.0], list[Row]()
+    monkeypatch.setattr("time.monotonic", lambda: clock[0])
+
+    def look() -> list[Row]:
+        found = changed[:]
+        changed.clear()
+        return found
+
+    def end(id: str, status: str = "done") -> None:
+        changed.append(Row(0, id, "", 0, status))
+        clock[0] += 100.0  # in which a look is due
+
+    rows = [Row(n, name, "", 0) for n, name in enumerate("abcdefg")]
+    index = Index(tmp_path, rows, look=look)
+    report = progress.Report(index, logging.Logger("test"), dict.fromkeys("abcdef", 4), there=1)
+    end("f")  # while this run still loads: it says nothing of how quick the others are
+    end("g")  # of nobody's list here
+    report.begins(0, ["a"], "a plan")
+    assert report.tally.theirs == {"f": "done"} and report.tally.left_s == 0
+    clock[0] += 8.0
+    changed += [Row(0, id, "", 0, "done") for id in "abc"]  # a: the file of this run's own, before it is told
+    for step in range(4):
+        report.step(0, ["a"], step)
+    report.ended("a", "done", 8.0, "")
+    assert report.tally.left_s == pytest.approx(8.0 / 12 * 8)
+    said = capsys.readouterr().err.splitlines()
+    assert said[-1] == "1/6 videos, 3 by other runs, 2 to go (1 were there), a done, 5 s left"
+    end("d", "failed")
+    report.close()
+    notes.summary(tmp_path, report, there=1, most_failures=None)
+    assert capsys.readouterr().out.startswith(
+        "hpcdit: 1 videos done in 5 min 8 s, 1 were there, 3 done by other runs, 1 failed in other runs (see job.h5),"
+        " 1 left to runs that are at work"
+    )
