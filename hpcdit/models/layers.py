@@ -55,6 +55,10 @@ class Layer:
             at += _padded(like.nbytes)
         return found
 
+    def forget(self) -> None:
+        """Lets go of the parameters' values."""
+        self.loaded = [(parameter, values.new_empty(values.shape, device="meta")) for parameter, values in self.loaded]
+
     def point(self, values: Sequence[Tensor]) -> None:
         for (parameter, _), value in zip(self.loaded, values, strict=True):
             parameter.data = value
@@ -90,12 +94,17 @@ class Layers:
         return any(parameter is mine for layer in self._layers for mine, _ in layer.loaded)
 
     def put(self, shelf: Shelf) -> None:
-        """Copies onto the shelf what is this rank's there. What was loaded is let go of by `start` alone."""
-        for number, layer in enumerate(self._layers):
-            memory = shelf.mine(number)
+        """Copies onto the shelf what is this rank's there. Each layer is let go of when it is not needed any more: all
+        of them lie twice nowhere."""
+        mine = [(layer, shelf.mine(number)) for number, layer in enumerate(self._layers)]
+        for layer, memory in mine:
+            if memory is None:
+                layer.forget()
+        for layer, memory in mine:
             if memory is not None:
                 for there, (_, values) in zip(layer.values(memory), layer.loaded, strict=True):
                     there.copy_(values)
+                layer.forget()
 
     def start(self, shelf: Shelf, device: torch.device) -> None:
         """From here on the model computes with what is on the shelf, which all ranks have put there.
@@ -104,9 +113,6 @@ class Layers:
         """
         self._shelf, fetched = shelf, list[int]()
         for number, layer in enumerate(self._layers):
-            layer.loaded = [
-                (parameter, values.new_empty(values.shape, device="meta")) for parameter, values in layer.loaded
-            ]
             memory = shelf.mine(number) if shelf.on_device else None
             if memory is not None:
                 layer.point(layer.values(memory))

@@ -3,6 +3,7 @@
 A weight file that holds what is computed with is mapped as it is, by diffusers and transformers themselves: all ranks
 read the same pages. A part that needs another type or a LoRA is written once, by one rank of the host, into memory
 that has a name only while that rank holds it open; a folder of links lets the libraries find it like any checkpoint.
+Layers that are to lie elsewhere have files of their own, so that each can be let go of when it is there.
 """
 
 import fcntl
@@ -10,7 +11,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from importlib import import_module
@@ -22,7 +23,8 @@ import torch
 from safetensors import safe_open
 
 from ..errors import InputError
-from .loading import ModelFolder
+from .families import families
+from .loading import TRANSFORMERS, ModelFolder
 from .lora import Lora
 from .weights import find, read_json
 
@@ -47,18 +49,24 @@ class Part:
 
 
 @contextmanager
-def staged(folder: ModelFolder, dtype: str, lora: Lora | None, shared: bool) -> Iterator[Path]:
+def staged(folder: ModelFolder, dtype: str, lora: Lora | None, shared: bool, apart: bool = False) -> Iterator[Path]:
     """The folder to load instead of `folder.path`, which other processes of this host can load, too, until the end.
 
-    dtype: what all parts but the VAE are computed in; shared: whether there are other ranks on this host; where there
-    are none, a cast is left to the libraries. Raises InputError where the LoRA does not fit.
+    dtype: what all parts but the VAE are computed in; shared: whether there are other ranks on this host; apart:
+    whether the transformers' layers will be moved, one after the other. Where neither is so a cast is left to the
+    libraries. Raises InputError where the LoRA does not fit.
     """
     remove_left()
     dtypes = {name: torch.float32 if name == "vae" else getattr(torch, dtype) for name in folder.weights}
     parts = [_part(folder.path, name, dtypes[name]) for name in folder.weights]
     if lora:
         lora.check({f"{part.name}.{name}": shape for part in parts for name, shape in part.shapes.items()})
-    todo = [part for part in parts if (shared and part.changes) or (lora and lora.touches(part.name))]
+    lists = families()[folder.family].layer_lists() if apart else []
+
+    def needed(part: Part) -> bool:
+        return part.changes and (shared or (apart and part.name in TRANSFORMERS))
+
+    todo = [part for part in parts if needed(part) or (lora and lora.touches(part.name))]
     if not todo:
         yield folder.path
         return
@@ -69,11 +77,25 @@ def staged(folder: ModelFolder, dtype: str, lora: Lora | None, shared: bool) -> 
         for part in todo:
             (place / part.name).mkdir()
             _link(folder.path / part.name, place / part.name, _no_weights)
-            memory = stack.enter_context(os.fdopen(os.memfd_create(f"hpcdit-{part.name}"), "wb"))
-            _write(memory, part, lora)
-            target = f"/proc/{os.getpid()}/fd/{memory.fileno()}"
-            (place / part.name / f"{part.stem}.safetensors").symlink_to(target)
+            files = _files(part, lists if part.name in TRANSFORMERS else [])
+            for name, tensors in files.items():
+                memory = stack.enter_context(os.fdopen(os.memfd_create(f"hpcdit-{part.name}"), "wb"))
+                _write(memory, part, tensors, lora)
+                (place / part.name / name).symlink_to(f"/proc/{os.getpid()}/fd/{memory.fileno()}")
+            if len(files) > 1:
+                where = {tensor: name for name, tensors in files.items() for tensor in tensors}
+                index = json.dumps({"metadata": {}, "weight_map": where})
+                (place / part.name / f"{part.stem}.safetensors.index.json").write_text(index)
         yield place
+
+
+def _files(part: Part, lists: Sequence[str]) -> dict[str, list[str]]:
+    """The weight files of a part, by their names, and the tensors of each; lists: of layers that have one each."""
+    found = dict[str, list[str]]()
+    for tensor in part.files:
+        kind, number, *_ = [*tensor.split("."), ""]
+        found.setdefault(f"-{kind}-{number}" if kind in lists else "", []).append(tensor)
+    return {f"{part.stem}{layer}.safetensors": tensors for layer, tensors in found.items()}
 
 
 def remove_left() -> None:
@@ -152,9 +174,9 @@ def _named(name: str) -> torch.dtype:
     return next(dtype for dtype, known in NAMES.items() if known == name)
 
 
-def _write(memory: Any, part: Part, lora: Lora | None) -> None:
+def _write(memory: Any, part: Part, tensors: Sequence[str], lora: Lora | None) -> None:
     """A safetensors file: one tensor at a time, so that no second copy of the part is ever there."""
-    order = sorted(part.files, key=lambda name: (-part.dtypes[name].itemsize, name))  # so each lies aligned
+    order = sorted(tensors, key=lambda name: (-part.dtypes[name].itemsize, name))  # so each lies aligned
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name in order:

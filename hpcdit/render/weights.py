@@ -34,7 +34,7 @@ def load_model(
         torch.set_num_threads(world.cores)
         lora = Lora.read(Path(model.lora[0]), float(model.lora[1]), pipeline_of(folder.family)) if model.lora else None
         shared = world.hosts.count(world.hosts[world.rank]) > 1
-        return stack.enter_context(staged(folder, model.dtype, lora, shared))
+        return stack.enter_context(staged(folder, model.dtype, lora, shared, model.layers != "resident"))
 
     def load_from(place: Path) -> Adapter:
         if not readable(place):  # in a container of its own a rank does not see the leader's memory

@@ -5,8 +5,6 @@ import signal
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import replace
-from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -20,15 +18,13 @@ from hpcdit.attention.methods import schedule
 from hpcdit.attention.schedule import Shape
 from hpcdit.attention.session import SequenceParallel
 from hpcdit.cluster import MPI, Cluster, World
-from hpcdit.config import demo_model, load
 from hpcdit.kernels import cpu
 from hpcdit.models.loading import inspect
 from hpcdit.models.pipeline import PipelineAdapter
-from hpcdit.render.weights import load_model
-from hpcdit.stop import StopRequest
 from hpcdit.transport.mpi import WIRES, MpiTransport
 from tests.attention_cases import UNTIMED, Case
 from tests.mpi.groups import each_size, side_by_side
+from tools.bench.loading import measure
 
 SIZE, SEED, STEPS, LENGTH = (9, 48, 80), 3, 2, 24
 PROMPT, NEGATIVE = "a red circle moving left on the sea", "grey"
@@ -71,33 +67,14 @@ def degrees(ranks: int) -> list[tuple[str, int, int]]:
     return [("ulysses", ranks, 1), ("ring", 1, ranks), *both]
 
 
-def weights(comm: MPI.Comm, checkpoint: str, *dtypes: str) -> Any:
-    """Loads the checkpoint on all ranks: for each dtype how many bytes its weights have, and how many the ranks hold.
+def weights(comm: MPI.Comm, checkpoint: str, *how: str) -> Any:
+    """Loads the checkpoint on all ranks, in each of some types and places ("float32 resident"): bytes of the weights,
+    and bytes that the ranks hold together at most and in the end."""
 
-    What is held is the host's memory: a page that n ranks map counts as 1/n for each.
-    """
-
-    def held() -> int:
-        lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
-        return sum(int(line.split()[1]) for line in lines if line.startswith("Pss:")) * 1024
-
-    def body(world: World) -> list[tuple[int, float]]:
-        folder, found = inspect(Path(checkpoint)), list[tuple[int, float]]()
-        PipelineAdapter.load(inspect(demo_model()))  # what any model makes a process hold
-        for dtype in dtypes:
-            model = replace(load([]).model, dtype=dtype)  # type: ignore[union-attr]
-            world.barrier("the ranks")
-            before = held()
-            world.barrier("the ranks")
-            adapter: Any = load_model(world, folder, model, StopRequest(), partial(PipelineAdapter.load, dtype=dtype))
-            tensors = [t for part in folder.weights for t in getattr(adapter._pipe, part).state_dict().values()]
-            for tensor in tensors:
-                tensor.sum()  # reads it: what was only mapped so far is there then
-            world.barrier("the ranks")
-            more = world.gather(str(held() - before).encode(), 0, "memory")
-            found.append((sum(t.nbytes for t in {t.data_ptr(): t for t in tensors}.values()), sum(map(int, more))))
-            del adapter, tensors
-        return found
+    def body(world: World) -> list[tuple[int, int, int]]:
+        folder = inspect(Path(checkpoint))
+        found = [measure(world, folder, *words.split()) for words in how]
+        return [(each.weights, each.most, each.left) for each in found if each]
 
     return side_by_side(comm, [[(comm.size, body)]])[0]
 

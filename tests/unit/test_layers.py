@@ -4,6 +4,7 @@ import os
 import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
+from copy import deepcopy
 from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
@@ -73,11 +74,13 @@ def test_passes_see_the_layers_that_are_theirs(data: st.DataObject) -> None:
     transformers, x, log = model(counts), torch.randn(3, WIDTH), list[str]()
     with torch.no_grad():
         expected = [transformer(x) for transformer in transformers]
+        others = [deepcopy(transformers) for _ in range(1, ranks)]
         layers = Layers([list(transformer) for transformer in transformers])
         board = Board(layers.sizes, ranks, on_device, late, log)
-        for board.me in range(ranks):
-            layers.put(board)
+        for board.me in range(1, ranks):
+            Layers([list(transformer) for transformer in others.pop()]).put(board)
         board.me = 0
+        layers.put(board)
         layers.start(board, torch.device("cpu"))
         for which, fails in passes:
             last: Any = transformers[which][-1]
@@ -99,8 +102,8 @@ def test_the_next_layer_sets_out_before_a_layer_computes_and_none_is_kept() -> N
     layers = Layers([list(transformer)])
     board = Board(layers.sizes, ranks=1, on_device=False, late=True, log=log)
     layers.put(board)
-    layers.start(board, torch.device("cpu"))
     assert not any(values() for values in loaded), "what was loaded is still there"
+    layers.start(board, torch.device("cpu"))
     for _ in range(2):
         transformer(torch.randn(1, WIDTH))
     turns = [f"arrived {i}, fetch {(i + 1) % 4}, computed {i}" for i in (0, 1, 2, 3) * 2]

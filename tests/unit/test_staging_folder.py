@@ -5,6 +5,7 @@ import sys
 import tempfile
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -52,4 +53,36 @@ def test_a_folder_in_use_stays_while_others_start_and_goes_in_the_end(tmp_path: 
     with ExitStack() as stack:
         first, second = (stack.enter_context(staged(folder, "bfloat16", None, shared=True)) for _ in range(2))
         assert first != second and list(first.glob("*/*.safetensors")) and list(second.glob("*/*.safetensors"))
-    assert list(temporary.iterdir()) == []
+    assert not list(temporary.glob(f"{PREFIX}*"))
+
+
+def test_layers_that_will_be_moved_are_cast_into_files_of_their_own(tmp_path: Path) -> None:
+    """So that each takes its memory with it; the libraries load the same numbers of them."""
+    import torch
+    from diffusers import WanTransformer3DModel
+
+    folder = inspect(make_wan(tmp_path / "model", layers=3))
+    with ExitStack() as stack:
+        one, apart = (stack.enter_context(staged(folder, "bfloat16", None, True, moved)) for moved in (False, True))
+        assert len(list(one.glob("transformer/*.safetensors"))) == 1
+        files = sorted(path.name for path in apart.glob("transformer/*.safetensors"))
+        layers = [f"diffusion_pytorch_model-blocks-{n}.safetensors" for n in range(3)]
+        assert files == [*layers, "diffusion_pytorch_model.safetensors"]
+        options: dict = {"dtype": torch.bfloat16, "local_files_only": True, "use_safetensors": True}
+        models = [WanTransformer3DModel.from_pretrained(place / "transformer", **options) for place in (one, apart)]
+        whole, parts = (dict(model.named_parameters()) for model in models)
+        assert whole.keys() == parts.keys()
+        for name, values in whole.items():
+            assert values.dtype == parts[name].dtype and values.equal(parts[name]), name
+        files_of = [{file_of(p) for p in block.parameters()} for block in models[1].blocks]
+        assert [len(each) for each in files_of] == [1, 1, 1] and len(set.union(*files_of)) == 3
+
+
+def file_of(tensor: Any) -> str:
+    """The inode of the file that a tensor's memory is a mapping of."""
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        first, last = (int(word, 16) for word in line.split()[0].split("-"))
+        if first <= tensor.data_ptr() < last:
+            assert "memfd:hpcdit-transformer" in line
+            return line.split()[4]
+    raise AssertionError

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,9 @@ import torch
 from hpcdit.cluster import Cluster, World, finalize
 from hpcdit.config import demo_model, load
 from hpcdit.device import cpu
-from hpcdit.models.loading import inspect
+from hpcdit.models.loading import ModelFolder, inspect
 from hpcdit.models.pipeline import PipelineAdapter
+from hpcdit.render.memory import release
 from hpcdit.render.weights import load_model, shelve
 from hpcdit.stop import StopRequest
 from hpcdit.transport import Network
@@ -75,12 +77,23 @@ def peak(every: Sequence[Sequence[Sequence[Any]]]) -> int:
     return most
 
 
-def main(path: str, dtype: str, layers: str) -> None:
-    world = World()
-    folder, config = inspect(Path(path)), load([f"model.dtype={dtype}", f"model.layers={layers}"])
+@dataclass(frozen=True)
+class Held:
+    """Bytes: of the weights, once; of all ranks together at most, and in the end; beside what they had before."""
+
+    weights: int
+    most: int
+    left: int
+    seconds: float
+
+
+def measure(world: World, folder: ModelFolder, dtype: str, layers: str) -> Held | None:
+    """Loads a model, and reads all of it; on rank 0 what that took. Collective."""
+    config = load([f"model.dtype={dtype}", f"model.layers={layers}"])
     assert config is not None
     cluster, network = Cluster(world), Network(world, cpu(), "mpi", "auto", 0, print)
     PipelineAdapter.load(inspect(demo_model()))  # what any model makes a process hold
+    release()
     world.barrier(WHAT)
     before = held()
     sampler = Sampler()
@@ -102,17 +115,25 @@ def main(path: str, dtype: str, layers: str) -> None:
     sampler.ended.set()
     sampler.join()
     found = world.gather(json.dumps([before, held(), sampler.seen]).encode(), 0, WHAT)
-    if found:
-        sizes = {name: getattr(torch, dtype).itemsize if name != "vae" else 4 for name in folder.weights}
-        copy = sum(folder.weights[name] * size for name, size in sizes.items())
-        starts, ends, seen = zip(*map(json.loads, found), strict=True)
-        most, left = peak(seen) - together(starts), together(ends) - together(starts)
-        print(
-            f"{world.size} ranks, {dtype}, {layers}: weights {copy / 1e6:.0f} MB; at most {most / 1e6:.0f} MB"
-            f" ({most / copy:.2f}), in the end {left / 1e6:.0f} MB ({left / copy:.2f}); {seconds:.1f} s"
-        )
+    del adapter, tensors, tensor
     network.close()
     cluster.close()
+    if not found:
+        return None
+    sizes = {name: getattr(torch, dtype).itemsize if name != "vae" else 4 for name in folder.weights}
+    copy = sum(folder.weights[name] * size for name, size in sizes.items())
+    starts, ends, seen = zip(*map(json.loads, found), strict=True)
+    return Held(copy, peak(seen) - together(starts), together(ends) - together(starts), seconds)
+
+
+def main(path: str, dtype: str, layers: str) -> None:
+    world = World()
+    if it := measure(world, inspect(Path(path)), dtype, layers):
+        print(
+            f"{world.size} ranks, {dtype}, {layers}: weights {it.weights / 1e6:.0f} MB; at most {it.most / 1e6:.0f} MB"
+            f" ({it.most / it.weights:.2f}), in the end {it.left / 1e6:.0f} MB ({it.left / it.weights:.2f});"
+            f" {it.seconds:.1f} s"
+        )
     world.close()
     finalize(30)
 
