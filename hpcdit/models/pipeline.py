@@ -4,6 +4,7 @@ Text encoding, noise, denoising loop, guidance and scheduler are the pipeline's.
 shared out, see `split`. All of it by diffusers' and torch's public hooks; what is a family's own its `Family` says.
 """
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from inspect import signature
@@ -38,6 +39,9 @@ class PipelineAdapter(Adapter):
         self.shape, self._family = shape(folder), families()[folder.family]
         self._pipe = pipe
         self._family.prepare(pipe)
+        # Videos are decoded while pictures of the next are encoded, and Wan's VAE notes in itself how far it is.
+        self._decoding = copy.copy(pipe)
+        self._decoding.vae = copy.copy(pipe.vae)
         self._schedulers = {"": self._family.resumable(pipe.scheduler)}
         self._schedulers[folder.scheduler] = self._schedulers[""]
         self._splits, self._passes, self._guidances = list[Split](), list[Passes](), list[Guidance]()
@@ -209,8 +213,8 @@ class PipelineAdapter(Adapter):
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> np.ndarray:
-        vae = self._pipe.vae
-        video = self._family.decode(self._pipe, latents.to(vae.device, vae.dtype))
+        vae = self._decoding.vae
+        video = self._family.decode(self._decoding, latents.to(vae.device, vae.dtype))
         frames = (video[0].permute(1, 2, 3, 0) * 0.5 + 0.5).clamp(0, 1).cpu().float().numpy()
         if not np.isfinite(frames).all():
             raise VideoError("the decoded frames hold values that are not numbers")
