@@ -140,6 +140,7 @@ class Trace:
     level: int
 
 
+TWIN = "demo-image"  # the demo model that starts from a picture
 DEFAULT_CLUSTER = "4x8-h100"  # whose costs mode=plan takes where none are given
 
 PARTS = {
@@ -247,18 +248,20 @@ def demo_prompts() -> Path:
     return conf_dir() / "demo_prompts.txt"
 
 
-def demo_model() -> Path:
-    """The model folder that is used when none is named."""
-    return Path(__file__).resolve().parent / "models" / "demo"
+def demo_model(name: str = "demo") -> Path:
+    """A model folder that comes with the package: the one that is used when none is named, or its twin."""
+    return Path(__file__).resolve().parent / "models" / name
 
 
 def _adopt_folder(config: DictConfig, groups: Mapping[str, str]) -> None:
     """A model folder that was named lends the run its name, and the demo's defaults are not meant for it."""
     path, name = OmegaConf.select(config, "model.path"), OmegaConf.select(config, "model.name")
     folder = path if isinstance(path, str) and path.strip() else None
-    if folder and groups["model"] == "demo":
+    if path is None and groups["model"] == TWIN:
+        OmegaConf.update(config, "model.path", str(demo_model(TWIN)))
+    if folder and groups["model"] in ("demo", TWIN):
         OmegaConf.update(config, "model.sampling", None, merge=False)
-        name = None if name == "demo" else name
+        name = None if name == groups["model"] else name
     if name is None:
         base = os.path.basename(os.path.abspath(folder)) if folder else groups["model"]
         plain = "".join(c if c.isalnum() or c in "._+-" else "-" for c in base)[:200].lstrip(".")

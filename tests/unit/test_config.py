@@ -63,6 +63,15 @@ def test_the_demo_s_files_are_there() -> None:
     assert len(captions) == 4
 
 
+def test_the_demo_s_twin_is_in_the_package_and_has_its_defaults() -> None:
+    config = loaded("model=demo-image", "prompts=mine.jsonl")
+    assert config.model.path == str(demo_model("demo-image")) and (demo_model("demo-image") / "README.md").is_file()
+    assert (config.model.name, config.output.dir) == ("demo-image", "outputs/demo-image")
+    assert resolve_sampling(config, "wan") == DEMO
+    other = loaded("model=demo-image", "model.path=/models/x")
+    assert (other.model.name, resolve_sampling(other, "wan")) == ("x", WAN)
+
+
 def test_what_is_set_goes_before_the_model_s_defaults() -> None:
     config = loaded("sampling.steps=3", "sampling.seed=9223372036854775807", "sampling.guidance_scale=0")
     assert config.sampling == {"steps": 3, "seed": 2**63 - 1, "guidance_scale": 0.0}

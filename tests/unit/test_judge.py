@@ -1,5 +1,6 @@
 """The judge of the demo model: right on real clips of every kind, also on blurred and noisy ones, not on wrong ones."""
 
+import json
 import os
 import subprocess
 import sys
@@ -9,13 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import h5py
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
 from hpcdit.output.packing import WAYS
-from tools.demo_model import judge
+from tools.demo_model import captions, judge
 from tools.demo_model.captions import COLOURS, GROUNDS, MOTIONS, SHAPES, Scene, Thing, examples, held_out, parse, scenes
 from tools.demo_model.data import Size, draw, encode, frames, layout, paint
 from tools.demo_model.judge import Verdict, compare, overlap, read
@@ -159,6 +162,18 @@ def test_the_split_is_fixed_and_two_things_give_no_held_out_one_away() -> None:
         if not held_out(scene):
             assert not any(held_out(Scene((thing,), scene.ground)) for thing in scene.things)
         assert held_out(scene) == held_out(Scene(scene.things[::-1], scene.ground))
+
+
+def test_pictures_to_start_from_show_what_their_captions_say(tmp_path: Path) -> None:
+    words = "--pictures", "--things", "2", "--count", "3", "--seeds", "2", "-o", str(tmp_path / "x.jsonl")
+    assert captions.main(words) == 0
+    lines = [json.loads(line) for line in (tmp_path / "x.jsonl").read_text().splitlines()]
+    pictures = [np.asarray(Image.open(tmp_path / line["image"])) for line in lines]
+    assert len(lines) == 6 and len({picture.tobytes() for picture in pictures}) == 6
+    for line, picture in zip(lines, pictures, strict=True):
+        wanted = parse(line["prompt"])
+        still = replace(wanted, things=tuple(replace(thing, motion="standing still") for thing in wanted.things))
+        assert picture.shape == (96, 96, 3) and compare(still, read(torch.tensor(picture).expand(9, -1, -1, -1))).all
 
 
 def test_captions_are_read_back() -> None:

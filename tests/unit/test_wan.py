@@ -331,6 +331,16 @@ def test_one_video_is_decoded_while_another_is_denoised(several: list[PipelineAd
         assert levels_apart(future.result(), reference(unipc, replace(case, seed=seed))) == 0
 
 
+def test_a_video_is_decoded_while_the_picture_of_another_is_encoded() -> None:
+    twin = PipelineAdapter.load(inspect(DEMO.with_name("demo-image")))
+    latents, clip = twin.noise(0, 13, 32, 48), torch.zeros(1, 3, 13, 32, 48)
+    wanted = twin.decode(latents)
+    # Each chunk of frames is decoded just after a clip was encoded, as another thread may do.
+    chunk = twin._pipe.vae.decoder.register_forward_pre_hook(lambda *_: twin._pipe.vae.encode(clip) and None)
+    assert np.array_equal(twin.decode(latents), wanted)
+    chunk.remove()
+
+
 def test_a_guidance_scale_of_one_or_less_takes_no_negative_prompt(tiny: PipelineAdapter) -> None:
     assert [tiny.guided(scale) for scale in (0.0, 1.0, 1.01, 5.0)] == [False, False, True, True]
 

@@ -1,6 +1,7 @@
 """The demo model's captions: what they can say, and which of them no training sees.
 
 usage: python -m tools.demo_model.captions --things 1 --seeds 4 -o held-out.jsonl     (a prompts file of hpcdit)
+       ... --pictures     for the model that starts from pictures (model=demo-image)
 """
 
 import argparse
@@ -102,20 +103,38 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--things", type=int, choices=(1, 2), default=1, help="in each caption, default: %(default)s")
     parser.add_argument("--count", type=int, help="captions, default: all that are held out")
     parser.add_argument("--seeds", type=int, default=1, help="videos of each caption, default: %(default)s")
+    parser.add_argument("--pictures", action="store_true", help="also a picture to start from for each video, of 96x96")
     parser.add_argument("-o", "--output", type=Path, default=Path("held-out.jsonl"), help="default: %(default)s")
     arguments = parser.parse_args(words)
-    lines = [
-        json.dumps({"prompt": str(scene), "id": f"{i:04}-{seed}", "seed": 1000 * seed + i})
-        for i, scene in enumerate(examples(arguments.things, arguments.count))
+    asked = examples(arguments.things, arguments.count)
+    lines: list[dict[str, object]] = [
+        {"prompt": str(scene), "id": f"{i:04}-{seed}", "seed": 1000 * seed + i}
+        for i, scene in enumerate(asked)
         for seed in range(arguments.seeds)
     ]
     try:
-        arguments.output.write_text("".join(f"{line}\n" for line in lines))
+        if arguments.pictures:
+            _pictures(lines, arguments.output)
+        arguments.output.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
     except OSError as error:
         print(f"captions: {arguments.output}: {error.strerror}", file=sys.stderr)
         return 2
     print(f"{arguments.output}: {len(lines)} videos")
     return 0
+
+
+def _pictures(lines: Sequence[dict[str, object]], beside: Path) -> None:
+    """The first frame of a clip of each line's caption, in a folder beside the prompts file, and in the line."""
+    from PIL import Image
+
+    from .data import first_frame
+
+    folder = beside.with_name(f"{beside.stem}-pictures")
+    folder.mkdir(parents=True, exist_ok=True)
+    for line in lines:
+        picture = Image.fromarray(first_frame(parse(str(line["prompt"])), int(str(line["seed"]))))
+        picture.save(folder / f"{line['id']}.png")
+        line["image"] = f"{folder.name}/{line['id']}.png"
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -163,3 +164,9 @@ def paint(scenes: Tensor, size: Size, x: Tensor, y: Tensor, sizes: Tensor) -> Te
 def frames(clips: Tensor) -> Tensor:
     """Clips [B, 3, T, H, W] in [-1, 1] as pictures: uint8 [B, T, H, W, 3]."""
     return ((clips.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 4, 1)
+
+
+def first_frame(scene: Scene, seed: int, side: int = 96) -> np.ndarray:
+    """A picture that a clip of the scene starts with, uint8 [side, side, 3]."""
+    clips = draw(encode([scene]), Size(33, side, side), torch.Generator().manual_seed(seed))
+    return frames(clips)[0, 0].numpy()
