@@ -20,7 +20,6 @@ from ..output.catalog import NAME as CATALOG
 from ..output.claims import FOLDER as CLAIMS
 from ..output.packing import INSTALL, lacks_plugin
 from ..planner.search import legal
-from .checkpoints import FOLDER as CHECKPOINTS
 from .manifest import Job, estimate_bytes, fits, read
 from .plan import fixed, workload
 from .resume import resume
@@ -29,6 +28,7 @@ if TYPE_CHECKING:
     from ..group import Group
 
 LOCK = ".lock"
+CHECKPOINTS = "checkpoints"  # the folder of checkpoints.py, which imports torch
 FILES = (LOCK, "run.log", "job.h5", CATALOG)  # what a run writes beside the videos
 
 

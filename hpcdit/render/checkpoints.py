@@ -23,9 +23,10 @@ from safetensors.torch import load, save
 from ..models.base import Snapshot
 from ..models.resume import mapped
 from ..output import atomic
+from .batch import CHECKPOINTS
 from .manifest import Job
 
-FOLDER, SUFFIX, FORMAT = "checkpoints", ".safetensors", "hpcdit-checkpoint/1"
+SUFFIX, FORMAT = ".safetensors", "hpcdit-checkpoint/1"
 WORTH_S = 60.0  # of denoising that are kept when it has ended, though none is due: the decoding may yet be killed
 
 
@@ -95,7 +96,7 @@ class Checkpoints:
     _since: float = field(default_factory=time.monotonic)
 
     def __post_init__(self) -> None:
-        self.folder = self.folder / FOLDER
+        self.folder = self.folder / CHECKPOINTS
         self._pool = ThreadPoolExecutor(1, "hpcdit-checkpoints")
         self._last: Future[None] | None = None
 

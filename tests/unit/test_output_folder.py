@@ -2,6 +2,8 @@
 
 import fcntl
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,9 +17,14 @@ from hpcdit.models import rows
 from hpcdit.output import catalog, packing, store
 from hpcdit.output.claims import FOLDER as CLAIMS
 from hpcdit.render import batch
-from hpcdit.render.batch import output_folder, prepare
-from hpcdit.render.checkpoints import FOLDER as CHECKPOINTS
+from hpcdit.render.batch import CHECKPOINTS, output_folder, prepare
 from tests.unit.test_store import EVENTS, FRAMES, RECORD
+
+
+def test_what_is_checked_first_takes_no_torch() -> None:
+    code = "import sys, hpcdit.render.batch; print({'torch', 'diffusers', 'transformers'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
 
 
 @pytest.fixture

@@ -15,7 +15,8 @@ from hpcdit.models.base import Snapshot
 from hpcdit.models.families.wan import FAMILY
 from hpcdit.models.loading import inspect
 from hpcdit.models.pipeline import PipelineAdapter
-from hpcdit.render.checkpoints import FOLDER, Checkpoints, join, pack, unpack
+from hpcdit.render.batch import CHECKPOINTS
+from hpcdit.render.checkpoints import Checkpoints, join, pack, unpack
 from hpcdit.render.engine import stack
 from hpcdit.render.manifest import Job
 from tests.checkpoints import make_wan
@@ -217,7 +218,7 @@ def test_what_is_left_for_finished_videos_is_removed_at_the_start(checkpoints: C
     checkpoints.write([job("cat")], snapshot)
     checkpoints.write([job("dog")], snapshot)
     checkpoints.wait()
-    (tmp_path / FOLDER / "notes.txt").write_text("not ours")
+    (tmp_path / CHECKPOINTS / "notes.txt").write_text("not ours")
     checkpoints.clean(["cat", "notes.txt"])
     checkpoints.close()
-    assert sorted(path.name for path in (tmp_path / FOLDER).iterdir()) == ["dog.safetensors", "notes.txt"]
+    assert sorted(path.name for path in (tmp_path / CHECKPOINTS).iterdir()) == ["dog.safetensors", "notes.txt"]
