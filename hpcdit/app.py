@@ -16,7 +16,8 @@ from .stop import StopRequest
 from .terminal import say
 
 if TYPE_CHECKING:
-    from .cluster import World
+    from .cluster import Cluster, World
+    from .render.batch import Batch
 
 OK = 0
 
@@ -124,11 +125,17 @@ def _run(world: "World", argv: Sequence[str], stop: StopRequest, tell_guard: Cal
             f" {cluster.node_count} node{'s' * (cluster.node_count > 1)}; allowed: that number, or null"
         )
     batch = world.agree(lambda: prepare(config, cluster.nodes).to_dict(), "the prompts")
-    from .render.run import render
-
+    render = world.together(lambda: stop.leave(_program), "the program")
     code = render(config, world, cluster, Batch.from_dict(batch), stop)
     cluster.close()
     return code
+
+
+def _program() -> Callable[[Config, "World", "Cluster", "Batch", StopRequest], int]:
+    """What renders; its imports, torch and diffusers, take seconds, and minutes where the file system is slow."""
+    from .render.run import render
+
+    return render
 
 
 def _say(body: Callable[[], int], first: bool) -> int:

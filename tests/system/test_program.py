@@ -16,7 +16,7 @@ import pytest
 
 from hpcdit.config import demo_model
 from hpcdit.render.checkpoints import unpack
-from tests.system.program import ENV, Running, alive, finished, prompts, run, statuses
+from tests.system.program import ENV, Running, alive, command, finished, prompts, run, statuses
 from tools import validate
 from tools.bench.idle import read as read_idle
 
@@ -36,8 +36,8 @@ def test_one_process_renders_without_mpirun(tmp_path: Path) -> None:
 
 def test_a_reader_that_goes_away_ends_nothing(tmp_path: Path) -> None:
     file = prompts(tmp_path / "p.txt", CAPTIONS[:2])
-    command = ["python", "-m", "hpcdit", f"prompts={file}", "output.dir=out", *QUICK]
-    with subprocess.Popen(command, cwd=tmp_path, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as program:
+    line = ["python", "-m", "hpcdit", f"prompts={file}", "output.dir=out", *QUICK]
+    with subprocess.Popen(line, cwd=tmp_path, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as program:
         assert program.stdout is not None
         program.stdout.readline()
         program.stdout.close()
@@ -255,6 +255,29 @@ def test_a_request_to_stop_ends_the_run_with_75_and_it_can_be_resumed(grace_s: i
     assert len(re.findall(r"00001\S+: goes on after step", program.log)) == len(left)
     assert not (tmp_path / "out" / "checkpoints").exists()
     assert len(finished(tmp_path / "out")) == 3 and before.items() <= finished(tmp_path / "out").items()
+
+
+def test_a_request_to_stop_is_met_while_the_libraries_are_imported(tmp_path: Path) -> None:
+    """A torch that takes a minute to import, as from a file system that is slow."""
+    slow = tmp_path / "slow"
+    (slow / "torch").mkdir(parents=True)
+    (slow / "torch" / "__init__.py").write_text(
+        "import os, time\nopen(f'importing-{os.getpid()}', 'w').close()\ntime.sleep(60)\nraise SystemExit(1)\n"
+    )
+    env = {**ENV, "PYTHONPATH": os.pathsep.join([str(slow), ENV.get("PYTHONPATH", "")])}
+    line = command(2, "output.dir=out")
+    with subprocess.Popen(line, cwd=tmp_path, env=env, stderr=subprocess.PIPE, text=True) as program:
+        deadline = time.monotonic() + 60
+        while len(importing := list(tmp_path.glob("importing-*"))) < 2:
+            assert program.poll() is None and time.monotonic() < deadline
+            time.sleep(0.02)
+        start = time.monotonic()
+        program.send_signal(signal.SIGTERM)
+        _, said = program.communicate(timeout=90)
+    assert program.returncode == 75 and time.monotonic() - start < 20, said
+    assert said.count("stopped on request (SIGTERM); the same command resumes") == 1
+    assert not any(alive(int(path.name.partition("-")[2])) for path in importing)
+    assert not (tmp_path / "out").exists()
 
 
 def one_video(folder: Path, steps: int) -> tuple[str, ...]:
