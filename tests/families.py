@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from hpcdit.models.families import families
 from tests.checkpoints import WORDS, made_of, make_wan, stretch, write_picture
 
 PROMPTS = ('a red circle moving left on the "sea"', "grey", 3), ("the cat", "a red circle on the sky", 8)
@@ -72,6 +73,12 @@ class Example:
         )
         frames = made.images if self.images else made.frames[0]
         return (frames * 255).round().astype(np.uint8)
+
+
+def pipeline_of(name: str) -> str:
+    """diffusers' pipeline class of an example's checkpoint."""
+    family = max((family for family in families() if name.startswith(family)), key=len)
+    return families()[family].pipelines[EXAMPLES[name].image]
 
 
 def picture(folder: Path) -> Path:

@@ -37,7 +37,7 @@ PROGRAM = (
     "mochi",
     "qwenimage",
 )
-LAYERS = "sharded", "host", "resident"  # by turns
+LAYERS = "sharded", "host"  # by turns; the rest of this file has them resident
 # By the number of ranks: ranks of a node, method, degrees. Every method on every number of them.
 LAYOUTS = {
     1: [(1, "ulysses", 1, 1), (1, "ring", 1, 1), (1, "usp", 1, 1), (1, "tas", 1, 1), (1, "torus", 1, 1)],

@@ -16,7 +16,7 @@ from hpcdit.models.families import families
 from hpcdit.models.loading import ModelShape, inspect, shape
 from hpcdit.models.pipeline import PipelineAdapter
 from tests.checkpoints import edit, refusal
-from tests.families import EXAMPLES, PROMPTS, Example, picture
+from tests.families import EXAMPLES, PROMPTS, Example, picture, pipeline_of
 from tests.mpi.families import LAYOUTS, NEAR, PROGRAM, scheduler_of
 from tests.mpi.starts import mpirun
 from tests.unit.test_wan import Group, Member
@@ -36,6 +36,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("families")
     for name, example in EXAMPLES.items():
         example.make(folder / name)
+        assert inspect(folder / name).pipeline == pipeline_of(name)
         own = levels(example, folder / name)
         for scheduler in example.schedulers:
             other = levels(example, folder / name, scheduler)
