@@ -140,12 +140,14 @@ class Adapter(ABC):
         compiled: bool = False,
         graph: bool = False,
         apart: bool = False,
+        encoders_apart: bool = False,
     ) -> Self:
         """Loads all parts of a checked folder.
 
         dtype: name of the torch type to compute in; device: to compute on, the CPU where left out. On a GPU, compiled:
         blocks by torch.compile; graph: passes replayed as CUDA graphs. apart: the transformers'
-        layers stay where they were loaded until `bring_layers`.
+        layers stay where they were loaded until `bring_layers`; encoders_apart: text encoders stay there for good, and
+        each of their layers is brought to the device while it computes.
         """
 
     @abstractmethod

@@ -19,6 +19,7 @@ from hpcdit.models.family import Component, Family
 from hpcdit.models.weights import Weights, find, fingerprint, read_json
 
 TRANSFORMERS = "transformer", "transformer_2"  # in the order in which they work
+ENCODERS = "text_encoder", "text_encoder_2"
 TOKENIZER = "tokenizer_config.json"
 FORMAT = "a checkpoint folder in diffusers' format"
 
@@ -38,8 +39,8 @@ class ModelShape:
     own; before: latent frames that are denoised before those of the video, to make whole patches. classifier_free:
     whether guidance takes two predictions. schedulers: the classes that it can be denoised by, () where that is not
     known. weights, vae_weights: numbers in all that is loaded but the VAE, and in the
-    VAE, which stays in float32; layer_weights, largest_layer: in all layers of the transformers, and in the largest; 0
-    where there is no checkpoint.
+    VAE, which stays in float32; layer_weights, largest_layer: in all layers of the transformers, and in the largest;
+    encoder_weights: in the text encoders; 0 where there is no checkpoint.
     """
 
     layers: int
@@ -67,6 +68,7 @@ class ModelShape:
     vae_weights: int = field(default=0, compare=False)
     layer_weights: int = field(default=0, compare=False)
     largest_layer: int = field(default=0, compare=False)
+    encoder_weights: int = field(default=0, compare=False)
 
     def latents(self, num_frames: int, height: int, width: int) -> tuple[int, int, int, int]:
         """The latents' shape (channels, frames, rows, columns) for a video of a legal size."""
@@ -177,6 +179,7 @@ def shape(folder: ModelFolder) -> ModelShape:
         vae_weights=vae,
         layer_weights=sum(folder.layers),
         largest_layer=max(folder.layers, default=0),
+        encoder_weights=sum(weights.get(part, 0) for part in ENCODERS),
     )
 
 

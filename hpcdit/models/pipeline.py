@@ -21,12 +21,13 @@ from hpcdit.command_line import one_line
 from hpcdit.errors import InputError, VideoError
 
 from .base import Adapter, Conditions, Encoding, Halves, OnStep, Sequence, Snapshot
+from .encoders import leave_on_host
 from .encodings import Encodings
 from .families import families
 from .graphs import Passes
 from .guidance import Guidance
 from .layers import Layers, Shelf
-from .loading import ModelFolder, check_loaded, shape
+from .loading import ENCODERS, ModelFolder, check_loaded, shape
 from .resume import resumed, state
 from .rows import cuttable
 from .schedulers import chosen
@@ -63,6 +64,7 @@ class PipelineAdapter(Adapter):
         compiled: bool = False,
         graph: bool = False,
         apart: bool = False,
+        encoders_apart: bool = False,
     ) -> Self:
         for library in (diffusers, transformers):  # n ranks would print n progress bars
             library.utils.logging.set_verbosity_error()
@@ -82,8 +84,12 @@ class PipelineAdapter(Adapter):
         pipe.set_progress_bar_config(disable=True)
         layers = Layers(blocks_of(pipe, folder.family)) if apart else None
         cuda = device is not None and device.type == "cuda"
+        models = {name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
+        for encoder in (models.pop(name) for name in ENCODERS if encoders_apart and name in models):
+            leave_on_host(encoder, device or torch.device("cpu"))
         if cuda:
-            pipe.to(device)
+            for model in models.values():
+                model.to(device)
             if compiled:
                 for transformer in transformers_of(pipe):
                     families()[folder.family].compile(transformer)

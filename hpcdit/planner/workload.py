@@ -22,7 +22,8 @@ class Workload:
     latents: elements of one noise prediction; out_channels: of a token after the last layer; itemsize: bytes of an
     element. weights: elements of all that is loaded beside it, 0 for the layers' alone; float_weights: in float32.
     layer_weights, largest_layer: elements of all layers and of the largest, 0: as the other numbers have it. shelves:
-    ranks that hold the layers together, each some; 0: they are in memory that is not the ranks' own.
+    ranks that hold the layers together, each some; 0: they are in memory that is not the ranks' own. encoder_weights:
+    elements of the text encoders, among `weights`; encoders_apart: they come from the host each time they are needed.
     """
 
     tokens: int
@@ -43,6 +44,8 @@ class Workload:
     layer_weights: int = 0
     largest_layer: int = 0
     shelves: int = 1
+    encoder_weights: int = 0
+    encoders_apart: bool = False
 
     @property
     def width(self) -> int:
@@ -50,12 +53,12 @@ class Workload:
 
     @property
     def weights_bytes(self) -> int:
-        """Which every rank holds; of the transformer's layers at least, two attentions and two products each.
+        """Which a rank holds while it denoises; of a transformer's layers at least two attentions, two products each.
 
         Of layers that are not its own, the one that computes and the one that comes.
         """
         each = 8 * self.width**2 + 2 * self.width * self.ffn_dim
-        held = max(self.weights, self.layers * each)
+        held = max(self.weights - self.encoder_weights * self.encoders_apart, self.layers * each)
         if self.shelves != 1:
             whole, largest = self.layer_weights or self.layers * each, self.largest_layer or each
             own = whole // self.shelves + largest if self.shelves else 0

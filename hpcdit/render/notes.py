@@ -17,6 +17,7 @@ from ..terminal import say
 from ..transport import Network
 from ..transport.base import Traffic
 from .batch import Batch
+from .plan import ENCODERS_APART
 from .planner import Planner
 from .progress import Report, clock
 
@@ -34,6 +35,8 @@ def log_plan(planner: Planner, report: Report) -> None:
     plan, costs = planner.batch, to_keys(planner.costs)
     report.log.info("costs: %s", ", ".join(f"{key} {value:.3g}" for key, value in costs.items()))
     report.log.info("plan: %s, about %s without reading and writing", plan, seconds(plan.makespan_s))
+    if planner.work.encoders_apart:
+        report.log.info("%s", ENCODERS_APART)
     for other in plan.others:
         report.log.info("not %s: %s", other, other.why)
 

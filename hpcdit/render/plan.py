@@ -2,10 +2,12 @@
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 
 from ..config import Config, Parallel, Sampling, demo_model, planned_costs, resolve_sampling
+from ..errors import InputError
 from ..models.loading import ModelShape, inspect, shape
 from ..planner.costs import Costs
 from ..planner.groups import Fixed
@@ -17,6 +19,8 @@ from ..planner.reasons import seconds, size
 from ..planner.search import plan_batch
 from ..planner.workload import Workload
 from .manifest import fits, read
+
+ENCODERS_APART = "The text encoders stay on the host, and are brought in parts while they encode: else nothing fits."
 
 
 def itemsize(dtype: str) -> int:
@@ -69,7 +73,24 @@ def workload(
         layer_weights=model.layer_weights,
         largest_layer=model.largest_layer,
         shelves=shelves,
+        encoder_weights=model.encoder_weights,
     )
+
+
+def plan_fitting(
+    work: Workload, nodes: Sequence[int], costs: Costs, fixed: Fixed, devices: bool
+) -> tuple[Plan, Workload]:
+    """As `plan_batch`, and what it was planned for: text encoders stay on the host where nothing fits with them.
+
+    devices: the host's memory is not that of the devices.
+    """
+    try:
+        return plan_batch(work, nodes, costs, fixed), work
+    except InputError:
+        lean = replace(work, encoders_apart=devices)
+        if lean.weights_bytes == work.weights_bytes:
+            raise
+        return plan_batch(lean, nodes, costs, fixed), lean
 
 
 def family_of(config: Config) -> str:
@@ -100,9 +121,10 @@ def report(config: Config) -> str:
     costs = to_costs(keys)
     count, per_node = config.cluster.nodes or 1, config.cluster.ranks_per_node or 1
     nodes = [rank // per_node for rank in range(count * per_node)]
-    held = shelves(config.model.layers, nodes, cuda=config.model.device != "cpu")
+    devices = config.model.device != "cpu"
+    held = shelves(config.model.layers, nodes, devices)
     work = workload(model, sampling, config.model.dtype, config.parallel.batch, held)
-    best = plan_batch(work, nodes, costs, fixed(config.parallel))
+    best, work = plan_fitting(work, nodes, costs, fixed(config.parallel), devices)
     return "\n".join([_head(config, work, count, per_node, whose), *_chosen(best, work, costs, nodes)])
 
 
@@ -119,6 +141,7 @@ def _chosen(best: Plan, work: Workload, costs: Costs, nodes: Sequence[int]) -> l
     group, layer = timeline(best, work, costs, nodes)
     moved = [f"{size(best.inter_bytes)} cross nodes"] * (best.inter_bytes > 0)
     moved += [f"{size(best.intra_bytes)} move inside them"] * (best.intra_bytes > 0)
+    apart = [ENCODERS_APART] * work.encoders_apart
     idle = [f"For {best.idle:.0%} of their time the ranks have no video."] * (best.idle > 0)
     return [
         table(best),
@@ -126,6 +149,7 @@ def _chosen(best: Plan, work: Workload, costs: Costs, nodes: Sequence[int]) -> l
         f"Chosen: of each step {seconds(best.exposed_s)} are not hidden behind computation"
         f" ({', '.join(moved) or 'nothing is sent'}).",
         *idle,
+        *apart,
         f"One attention layer in {'each group' if best.replicas * best.cfg > 1 else 'the group'} of {group.size}"
         f" rank{'s' * (group.size > 1)}, {layer.exposed_s / layer.seconds:.0%} of it without attention:",
         lanes(layer.spans, layer.seconds, group.nodes),

@@ -14,22 +14,26 @@ from ..planner.costs import Costs
 from ..planner.groups import groupings
 from ..planner.plans import Plan
 from ..planner.presets import overridden
-from ..planner.search import plan_batch, plan_group
+from ..planner.search import plan_group
 from ..planner.workload import Workload
 from ..transport.base import Transport
-from .plan import fixed
+from .plan import fixed, plan_fitting
 
 
 class Planner:
     """Plans with what links and kernels cost on the machine at hand; the same on every rank.
 
-    batch: how the run's ranks are cut into groups, and the layout of its largest video.
+    batch: how the run's ranks are cut into groups, and the layout of its largest video; work: all of it, with its text
+    encoders on the host if need be.
     """
 
-    def __init__(self, work: Workload, nodes: Sequence[int], costs: Costs, config: Config) -> None:
-        """nodes: of all ranks of the run. Raises InputError where no layout is legal, or none fits into memory."""
-        self.costs, self._work = costs, work
-        self.batch = plan_batch(work, nodes, costs, fixed(config.parallel))
+    def __init__(
+        self, work: Workload, nodes: Sequence[int], costs: Costs, config: Config, devices: bool = False
+    ) -> None:
+        """nodes: of all ranks of the run; devices: whose memory is not the host's. Raises InputError where no layout
+        is legal, or none fits into memory."""
+        self.costs = costs
+        self.batch, self.work = plan_fitting(work, nodes, costs, fixed(config.parallel), devices)
         self._fixed = replace(fixed(config.parallel), replicas=self.batch.replicas, cfg=self.batch.cfg)
         self._share = groupings(nodes, work.guided, self._fixed)[0].share
         self._plans: dict[tuple[Shape, tuple[int, ...], int | None], Plan] = {}
@@ -41,7 +45,7 @@ class Planner:
         """transport: between all ranks. Collective over the cluster. Raises InputError on all ranks."""
         measured = calibrate(cluster, transport, device, getattr(torch, config.model.dtype), head_dim)
         costs = overridden(measured, config.cluster.costs)
-        return cluster.world.together(lambda: cls(work, cluster.nodes, costs, config), "the plan")
+        return cluster.world.together(lambda: cls(work, cluster.nodes, costs, config, device.cuda), "the plan")
 
     @property
     def memory_bytes(self) -> int:
@@ -55,7 +59,7 @@ class Planner:
         """
         key = shape, tuple(nodes), below
         if key not in self._plans:
-            work = replace(self._work, tokens=shape.length, batch=shape.batch)
+            work = replace(self.work, tokens=shape.length, batch=shape.batch)
             memory = self.costs.memory_bytes if below is None else min(self.costs.memory_bytes, below - 1)
             costs = replace(self.costs, memory_bytes=memory)
             plan = plan_group(work, nodes, costs, self._fixed, self._share)

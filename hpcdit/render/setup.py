@@ -130,7 +130,7 @@ def load(run: Run, machine: Machine, links: Links) -> Adapter:
     """The model, its layers where they belong. Collective; on InputError or Stopped, raised on all ranks, the links are
     closed."""
     m, apart = run.config.model, run.config.model.layers != "resident"
-    options = m.dtype, machine.device.torch, m.compile, graphed(run, links), apart
+    options = m.dtype, machine.device.torch, m.compile, graphed(run, links), apart, machine.planner.work.encoders_apart
     with machine.trace.span("load", "io"):
         try:
             adapter = load_model(
