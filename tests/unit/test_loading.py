@@ -1,3 +1,4 @@
+import ast
 import os
 import shutil
 import subprocess
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 
 from hpcdit.config import demo_model
+from hpcdit.models.families import families
 from hpcdit.models.loading import ModelShape, inspect, shape
 from tests.checkpoints import MODEL_WEIGHTS, edit, refusal, write_wan
 
@@ -217,3 +219,13 @@ def test_links_into_a_cache_are_followed(wan: Path) -> None:
         (wan / name).rename(blobs / str(i))
         (wan / name).symlink_to(blobs / str(i))
     assert inspect(wan) == before
+
+
+def test_no_family_is_named_outside_its_adapter() -> None:
+    """Neither in the package nor in its tools, but for the benchmarks' list of real models."""
+    root = Path(__file__).parents[2]
+    lists = {"family_models.py", "family_variants.py", "step_ours.py"}
+    for path in (path for folder in ("hpcdit", "tools") for path in (root / folder).rglob("*.py")):
+        if path.parent.name != "families" and path.name not in lists:
+            texts = {node.value for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant)}
+            assert texts.isdisjoint(families()), path

@@ -48,15 +48,18 @@ def diffuse(prompts: Path, folder: Path, part: int, parts: int, overrides: Seque
     import transformers
 
     from hpcdit.config import demo_model, load, resolve_sampling
+    from hpcdit.models.loading import inspect
     from hpcdit.render.manifest import read
 
     torch.set_num_threads(1)
     config = load(overrides)
     assert config is not None
-    jobs = read(prompts, resolve_sampling(config, "wan"))
+    model = inspect(demo_model())
+    jobs = read(prompts, resolve_sampling(config, model.family))
     for library in (diffusers, transformers):
         library.utils.logging.disable_progress_bar()
-    pipe = diffusers.WanPipeline.from_pretrained(demo_model(), dtype=torch.float32, use_safetensors=True)
+    pipeline = getattr(diffusers, model.pipeline)
+    pipe = pipeline.from_pretrained(model.path, dtype=torch.float32, use_safetensors=True)
     pipe.set_progress_bar_config(disable=True)
     start = time.perf_counter()
     for job in jobs[part::parts]:
