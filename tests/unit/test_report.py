@@ -201,9 +201,23 @@ def test_on_gpus_each_tax_is_measured_and_has_an_override_with_its_price() -> No
         assert advice[tax].override == "parallel.replicas=4"
         assert advice[tax].after_s < advice[tax].before_s
     assert advice["traffic"].override == "model.dtype=bfloat16"
-    assert advice["launch"].override == "" and advice["launch"].why == "parallel.batch=2 is no faster"
+    assert advice["launch"].override == "" and advice["launch"].why == "parallel.batch=2 is less than 1% faster"
     assert advice["launch"].after_s != advice["launch"].before_s, "that has a price, too"
     assert priced.traffic_s() > 0 and priced.calls_s(times.calls) == 3 * priced.costs.call_s
+
+
+def test_halves_of_guidance_that_wait_for_each_other_are_a_cost_that_replicas_save() -> None:
+    """On two ranks each half computes one prediction, and sends it to the other once a step; alone none is sent."""
+    work = replace(WORK, tokens=64, videos=40, latents=2**26)
+    priced = {"costs": to_keys(COSTS), "work": asdict(work), "nodes": [0, 0]}
+    plan = {**PLAN, **asdict(Layout("ulysses", 1, 1)), "cfg": 2, "tokens": 64, "priced": priced}
+    found = Priced.of(plan, {"steps": 10})
+    assert found is not None
+    advice = advise(found, "float32")
+    for tax in ("sync", "intra", "imbalance"):
+        assert advice[tax].override == "parallel.replicas=2" and advice[tax].after_s < advice[tax].before_s
+    now = found.best(found.fixed)
+    assert now is not None and found.moved(now) == (0, 2 * work.exchange_bytes())
 
 
 def test_where_nothing_is_faster_no_override_is_named() -> None:

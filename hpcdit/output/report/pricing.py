@@ -1,6 +1,6 @@
 """What the planner says of a video that was rendered: the prediction, and which override would reduce which tax."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -56,6 +56,14 @@ class Priced:
         limit = bound(self.layout.method, self.layout.ulysses, self.layout.ring, group, self.work, self.costs)
         return Pricer(self.work, self.costs).timeline(Candidate(group, self.layout, limit, 0.0, 0))
 
+    def moved(self, plan: Plan) -> tuple[float, float]:
+        """Bytes of a step of `plan` that cross nodes, and that move inside them: attention, and halves of guidance."""
+        both = 0
+        group = groupings(self.nodes, self.work.guided, Fixed(replicas=plan.replicas, cfg=plan.cfg))[0]
+        if plan.cfg > 1:
+            both = plan.cfg * group.size * self.work.exchange_bytes()
+        return plan.inter_bytes + both * group.apart, plan.intra_bytes + both * (not group.apart)
+
     def traffic_s(self) -> float:
         """Rank-seconds of a video in which activations leave the chip and come back between kernels, from bytes."""
         work = self.work
@@ -95,24 +103,34 @@ def advise(priced: Priced, dtype: str) -> dict[str, Advice]:
     twice = _doubled(priced)
     smaller = _halved(priced, dtype)
     return {
-        "sync": _least(now, plans, lambda plan: plan.exposed_s, "waits"),
-        "inter": _least(now, plans, lambda plan: plan.inter_bytes, "sends between nodes"),
-        "intra": _least(now, plans, lambda plan: plan.intra_bytes, "moves inside nodes"),
-        "traffic": _least(now, smaller, lambda plan: plan.compute_s, "computes"),
+        "sync": _least(now, plans, lambda plan: plan.exposed_s * _ranks(plan), "waits less"),
+        "inter": _least(now, plans, lambda plan: priced.moved(plan)[0], "sends less between nodes"),
+        "intra": _least(now, plans, lambda plan: priced.moved(plan)[1], "moves less inside nodes"),
+        "traffic": _least(now, smaller, lambda plan: plan.compute_s, "moves less between kernels"),
         "launch": _least(now, twice, lambda plan: 0.0, ""),
-        "imbalance": _least(now, plans, lambda plan: plan.layout.ulysses * plan.layout.ring, "needs ranks a video"),
+        "imbalance": _least(now, plans, _ranks, "has fewer ranks a video"),
     }
 
 
-def _least(now: Plan, plans: Sequence[tuple[str, Plan]], tax: Any, what: str) -> Advice:
-    """Of the plans that take less of `tax` than `now`, the one whose batch ends soonest, if that is worth it."""
+def _ranks(plan: Plan) -> int:
+    """Ranks that render a video together."""
+    return plan.cfg * plan.layout.ulysses * plan.layout.ring
+
+
+def _least(now: Plan, plans: Sequence[tuple[str, Plan]], tax: Callable[[Plan], float], what: str) -> Advice:
+    """Of the plans that take less of `tax` than `now`, the one whose batch ends soonest, if that is worth it.
+
+    tax: of a step of a video, all its ranks together; what: such plans do; "": whatever they do.
+    """
     less = [(words, plan) for words, plan in plans if tax(plan) < tax(now) or not what]
     found = min(less, key=lambda pair: pair[1].makespan_s, default=None)
     if found is None:
-        return Advice("", now.makespan_s, now.makespan_s, f"no plan {what} less than {now}")
+        why = f"no plan {what} than {now}" if plans else "the planner knows nothing that would"
+        return Advice("", now.makespan_s, now.makespan_s, why)
     words, plan = found
     if plan.makespan_s > now.makespan_s * (1 - WORTH):
-        why = f"the best that {what} less, {words}, is no faster" if what else f"{words} is no faster"
+        gain = "no faster" if plan.makespan_s >= now.makespan_s else f"less than {WORTH:.0%} faster"
+        why = f"the best that {what}, {words}, is {gain}" if what else f"{words} is {gain}"
         return Advice("", now.makespan_s, plan.makespan_s, why)
     return Advice(words, now.makespan_s, plan.makespan_s, str(plan))
 
