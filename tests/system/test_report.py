@@ -73,6 +73,19 @@ def test_the_overview_says_what_became_of_the_job(page: Any) -> None:
     assert "transfers between nodes, not hidden: 30.0 %" in page.locator("#shares").inner_text()
 
 
+def test_pictures_are_shown_whole(page: Any) -> None:
+    page.locator("#sheet li[data-n='0'] img").scroll_into_view_if_needed()
+    outside = "image => image.getBoundingClientRect().bottom - image.parentElement.getBoundingClientRect().bottom"
+    assert page.locator("#sheet li[data-n='0'] img").evaluate(outside) <= 0
+
+
+def test_costs_of_nothing_are_left_out_and_so_are_parts(page: Any) -> None:
+    assert page.locator("#tax-rows tr[data-tax=inter]").count() == 1
+    assert page.locator("#tax-rows tr[data-tax=intra]").count() == 0
+    assert "inside nodes" not in page.locator("#shares").inner_text()
+    assert "Beside that: encoding " in page.locator("#shares").inner_text()
+
+
 def test_search_and_sort(page: Any) -> None:
     assert len(prompts(page)) == 5
     page.fill("#search", "MOVING star")
@@ -171,14 +184,17 @@ def test_everything_is_reached_by_keyboard_and_named(page: Any) -> None:
     page.wait_for_selector("#overview:not([hidden])")
 
 
-def test_on_a_narrow_screen_tables_scroll_by_themselves_and_can_be_read(browser: Any, small: Path) -> None:
+def test_on_a_narrow_screen_everything_can_be_read_without_scrolling_to_the_side(browser: Any, small: Path) -> None:
     with opened(browser, small) as page:
         page.set_viewport_size({"width": 390, "height": 800})
         assert page.evaluate("document.documentElement.scrollWidth") <= 390
-        assert page.locator("#taxes th[scope=row]").first.evaluate("cell => cell.clientWidth") > 120
-        page.locator("#taxes .wide").focus()
-        page.keyboard.press("ArrowRight")
-        page.wait_for_function("document.querySelector('#taxes .wide').scrollLeft > 0")
+        override = page.locator("#tax-rows tr[data-tax=sync] code")
+        assert override.evaluate("code => code.getBoundingClientRect().right") < 390
+        assert page.locator("#taxes .wide").evaluate("place => place.scrollWidth <= place.clientWidth")
+        columns = page.locator("#sheet").evaluate(
+            "sheet => getComputedStyle(sheet).gridTemplateColumns.split(' ').length"
+        )
+        assert columns == 2
         page.goto(f"{small.as_uri()}#/video/0")
         page.wait_for_function("window.timeline")
         assert page.evaluate("document.documentElement.scrollWidth") <= 390

@@ -32,7 +32,7 @@ function numbers() {
   put("failed", String(failed), failed > 0);
   if (pending) put("pending", String(pending));
   if (seconds.length) {
-    put("median time of a video", duration(seconds[seconds.length >> 1]));
+    put("median time of a video, from its prompt to its file", duration(seconds[seconds.length >> 1]));
     put("slowest", duration(seconds.at(-1)));
     put("frames", frames.toLocaleString("en"));
   }
@@ -48,12 +48,13 @@ function shares(place, times) {
     place.append(el("p", {}, "No trace: the videos were rendered with trace.level=0."));
     return;
   }
-  const label = PARTS.map(([key, , words]) => `${words} ${percent(times[key], times.whole)}`).join(", ");
+  const parts = PARTS.filter(([key]) => times[key] > 0);
+  const label = parts.map(([key, , words]) => `${words} ${percent(times[key], times.whole)}`).join(", ");
   place.append(
-    el("div", { class: "bar", role: "img", "aria-label": label }, ...PARTS.filter(([key]) => times[key] > 0).map(([key, colour]) => el("span", { style: `flex:${times[key] / times.whole};background:var(--${colour})` }))),
-    el("ul", { class: "legend" }, ...PARTS.map(([key, colour, words]) =>
+    el("div", { class: "bar", role: "img", "aria-label": label }, ...parts.map(([key, colour]) => el("span", { style: `flex:${times[key] / times.whole};background:var(--${colour})` }))),
+    el("ul", { class: "legend" }, ...parts.map(([key, colour, words]) =>
       el("li", {}, el("i", { style: `background:var(--${colour})` }), `${words}: ${percent(times[key], times.whole)}`))),
-    el("p", { class: "note" }, `${duration(times.whole)} of all ranks together while they denoise.${times.detailed && times.detailed < times.steps ? ` Attention and transfers were recorded in ${times.detailed} of ${times.steps} steps; the others are taken to be like these.` : ""}`));
+    el("p", { class: "note" }, `${duration(times.whole)} of all ranks together while they denoise.${times.detailed && times.detailed < times.steps ? ` Attention and transfers were recorded in ${times.detailed} of ${times.steps} steps; the others are taken to be like these.` : ""} Beside that: encoding ${duration(times.encode)}, decoding ${duration(times.decode)}, writing ${duration(times.write)}.`));
 }
 
 const TAXES = [["sync", "Waiting for other ranks in bulk", (t) => t.sync], ["traffic", "Data that leaves the chip between kernels", () => job.estimates.traffic],
@@ -63,15 +64,15 @@ const TAXES = [["sync", "Waiting for other ranks in bulk", (t) => t.sync], ["tra
 function taxes() {
   const t = job.times;
   $("taxes").hidden = !t.whole;
+  const labels = [...document.querySelectorAll("#taxes thead th")].map((th) => th.textContent); // for narrow screens
   for (const [key, words, read] of TAXES) {
     const seconds = read(t), advice = job.advice[key];
-    if (seconds === undefined) continue;
+    if (!seconds) continue;
     // Also where it is no gain: then it says why nothing is named.
     const gain = advice && advice.after_s !== advice.before_s ? `${duration(advice.before_s)} → ${duration(advice.after_s)}` : "-";
-    $("tax-rows").append(el("tr", { "data-tax": key }, el("th", { scope: "row" }, words), el("td", { class: "number" }, duration(seconds)), el("td", { class: "number" }, percent(seconds, t.whole)),
-      el("td", {}, !seconds ? "-" : advice?.override ? el("code", {}, advice.override) 
-        : advice ? "none known" : "not priced: rendered by another version", seconds && advice?.why ? el("small", {}, advice.why) : ""),
-      el("td", {}, seconds ? gain : "-")));
+    const override = advice?.override ? el("code", {}, advice.override) : advice ? "none known" : "not priced: rendered by another version";
+    const cells = [["number", duration(seconds)], ["number", percent(seconds, t.whole)], ["", override, advice?.why ? el("small", {}, advice.why) : null], ["", gain]];
+    $("tax-rows").append(el("tr", { "data-tax": key }, el("th", { scope: "row" }, words), ...cells.map(([kind, ...inside], i) => el("td", { class: kind, "data-label": labels[i + 1] }, ...inside))));
   }
 }
 
