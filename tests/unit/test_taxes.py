@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from hpcdit.output.taxes import Rates, Times, measure
 from hpcdit.output.trace import EVENT
+from tests.unit.test_spans import MS, Device, Model
 
 Span = tuple[str, int, str, float, float, int]
 RATES = Rates(inter=(0.0, 100.0), intra=(0.0, 1000.0))
@@ -68,6 +69,25 @@ def test_steps_without_details_are_taken_to_be_like_those_with_them() -> None:
     outer = [span for step in (1, 2) for span in at(step) if span[0] in ("step", "pass", "between steps")]
     assert measure(events(*at(0), *outer), RATES) == replace(whole, detailed=1)
     assert (whole.detailed, whole.attend, whole.calls, whole.inter_bytes, whole.launch) == (3, 9, 6, 300, 1.5)
+
+
+@pytest.mark.parametrize("graph", [False, True])
+def test_the_time_of_a_stream_is_told_apart_as_it_was_spent(graph: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guided steps, two passes each, launched one by one or replayed: the second waits for the first, not for the host;
+    after each step the host takes 1.5 ms until it launches again."""
+    model, steps = Model(Device(), graph, 2, monkeypatch), list[Span]()
+    model.spans.begin()
+    for _ in range(6):
+        start = model.device.now()
+        model.step()
+        steps.append(("step", 0, "compute", start, model.device.host - 0.5 * MS, 0))
+    model.spans.read()
+    times = measure(events(*steps, *((name, 0, lane, a, b, 0) for name, lane, a, b in model.rows)))
+    attend, rest = (6 * 2 * 2 * seconds for seconds in Model.LAYER_S)
+    assert (times.attend, times.other) == (pytest.approx(attend, rel=1e-3), pytest.approx(rest, rel=1e-3))
+    assert times.launch == pytest.approx(5 * 1.5 * MS, rel=1e-2)
+    assert times.outside == pytest.approx(times.launch + 1 * MS, abs=1 * MS), "and before the first launch"
+    assert times.calls == 24 and times.sync == times.inter == times.intra == 0
 
 
 def test_no_steps_no_times() -> None:
