@@ -7,7 +7,9 @@ import torch
 from diffusers import (
     AutoencoderKLCogVideoX,
     AutoencoderKLHunyuanVideo,
+    AutoencoderKLHunyuanVideo15,
     AutoencoderKLLTXVideo,
+    AutoencoderKLMochi,
     AutoencoderKLWan,
 )
 
@@ -37,6 +39,16 @@ def hunyuan() -> Any:
                                      latent_channels=4)  # fmt: skip
 
 
+def hunyuan15() -> Any:
+    return AutoencoderKLHunyuanVideo15(block_out_channels=(8, 8, 16, 16), layers_per_block=1, latent_channels=4,
+                                       spatial_compression_ratio=8)  # fmt: skip
+
+
+def mochi() -> Any:
+    return AutoencoderKLMochi(latent_channels=4, encoder_block_out_channels=(32,) * 4, layers_per_block=(1,) * 5,
+                              decoder_block_out_channels=(32,) * 4)  # fmt: skip
+
+
 def ltx() -> Any:
     return AutoencoderKLLTXVideo(latent_channels=4, block_out_channels=(8,) * 4, decoder_block_out_channels=(8,) * 4,
                                  layers_per_block=(1,) * 5, decoder_layers_per_block=(1,) * 5,
@@ -57,9 +69,11 @@ def ltx_noise() -> Any:
 
 
 VAES: dict[str, Callable[[], Any]] = {
-    "wan": wan, "wan22": wan22, "cogvideox": cogvideox, "hunyuan": hunyuan, "ltx": ltx, "ltx_noise": ltx_noise,
+    "wan": wan, "wan22": wan22, "cogvideox": cogvideox, "hunyuan": hunyuan, "hunyuan15": hunyuan15,
+    "mochi": mochi, "ltx": ltx, "ltx_noise": ltx_noise,
 }  # fmt: skip
-SPATIAL = {"wan": 4, "wan22": 8, "cogvideox": 4, "hunyuan": 8, "ltx": 8, "ltx_noise": 8}
+SPATIAL = dict.fromkeys(VAES, 8) | {"wan": 4, "cogvideox": 4}
+FRAMES = dict.fromkeys(VAES, (5, 9)) | {"mochi": (2, 7)}  # latent frames that it decodes, frames that it encodes
 
 
 def make(name: str, dtype: torch.dtype = torch.float64) -> Any:

@@ -15,7 +15,10 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 # Of other classes nobody has looked whether there is more that looks beyond a row.
-CLASSES = "AutoencoderKLWan", "AutoencoderKLCogVideoX", "AutoencoderKLHunyuanVideo", "AutoencoderKLLTXVideo"
+CLASSES = (
+    "AutoencoderKLWan", "AutoencoderKLCogVideoX", "AutoencoderKLHunyuanVideo", "AutoencoderKLHunyuanVideo15",
+    "AutoencoderKLLTXVideo", "AutoencoderKLMochi",
+)  # fmt: skip
 
 
 class Rows(Protocol):
@@ -117,7 +120,12 @@ class ByRows(TorchFunctionMode):
         return torch.addcmul(shift.to(wide).view(dims), wide, scale.to(wide).view(dims)).to(x.dtype)
 
     def _attention(self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, **more: Any) -> Tensor:
-        """q, k, v: [B, heads, tokens, D], the tokens of a frame's rows, or those of one frame after the other."""
+        """q, k, v: [B, heads, tokens, D], the tokens of a frame's rows, or those of one frame after the other.
+
+        Where it is causal by itself, tokens are the frames of one place, and all here.
+        """
+        if more.get("is_causal"):
+            return F.scaled_dot_product_attention(q, k, v, attn_mask, **more)
         mine, counts = len(self._rows.mine), self._rows.counts
         sizes = tuple(k.shape[-2] // mine * count for count in counts)
         every = torch.cat(self._rows.gather(torch.cat([k, v], -1), k.dim() - 2, sizes), -2)

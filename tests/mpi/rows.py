@@ -8,7 +8,7 @@ from hpcdit.cluster import MPI, World
 from hpcdit.models.rows import ByRows
 from hpcdit.transport.rows import Line, RowGroup
 from tests.mpi.groups import each_size
-from tests.vaes import SPATIAL, VAES, make
+from tests.vaes import FRAMES, SPATIAL, VAES, make
 
 HEIGHT, WIDTH = 5, 6  # of the latents: no rank count but 5 divides it
 
@@ -17,8 +17,8 @@ def differences(name: str, line: Line, height: int, dtype: torch.dtype) -> tuple
     """How far decode and encode by rows are from those of one rank, on this rank's rows, relative to the largest."""
     vae, rows, scale = make(name, dtype), RowGroup(line, height), SPATIAL[name]
     drawn = torch.Generator().manual_seed(1)
-    latents = torch.randn(1, 4, 5, height, WIDTH, generator=drawn, dtype=dtype)
-    pixels = torch.randn(1, 3, 9, height * scale, WIDTH * scale, generator=drawn, dtype=dtype)
+    latents = torch.randn(1, 4, FRAMES[name][0], height, WIDTH, generator=drawn, dtype=dtype)
+    pixels = torch.randn(1, 3, FRAMES[name][1], height * scale, WIDTH * scale, generator=drawn, dtype=dtype)
     time = [torch.tensor([0.05], dtype=dtype)] if name == "ltx_noise" else []
     ways: list[tuple[int, torch.Tensor, Any]] = [
         (1, latents, lambda x: vae.decode(x, *time, return_dict=False)[0]),
