@@ -15,6 +15,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 from torch import multiprocessing
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hpcdit.models.loading import inspect, shape
 from tools.demo_model import export, latents, models, stages, train, whole
@@ -250,6 +251,35 @@ def test_sixteen_slots_stand_for_any_number(length: int) -> None:
     if length > 17:
         models.padded(model).pad(torch.tensor([16, 16]))
         assert not torch.allclose(model(x, time_, text, return_dict=False)[0], wanted, atol=1e-4)
+
+
+def test_a_prepared_mask_is_what_the_text_encoder_makes_of_one() -> None:
+    made = tiny(Path("unused"))
+    torch.manual_seed(0)
+    encoder, tokens = models.text_encoder(made), models.tokens(["a red star growing on black", ""])
+    wanted = encoder(tokens, tokens != 0).last_hidden_state
+    found = encoder(tokens, models.prepared(tokens != 0)).last_hidden_state
+    assert torch.allclose(found, wanted, atol=1e-6)
+    assert not torch.allclose(encoder(tokens).last_hidden_state, wanted, atol=1e-3)
+
+
+class Asked(TorchDispatchMode):
+    """Counts how often the host waits for a number of the device's."""
+
+    count = 0
+
+    def __torch_dispatch__(self, op: Any, types: Any, given: Any = (), options: Any = None) -> Any:
+        self.count += op in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
+        return op(*given, **(options or {}))
+
+
+def test_a_pass_of_the_transformer_asks_the_device_for_nothing(run: Settings) -> None:
+    """Else it could not be captured as a graph, and the host could not launch the next while one runs."""
+    job = stages.work(run, "text", Ranks())
+    _, count, drawn = job._draw(0)
+    with Asked() as asked:
+        job._loss(count, *drawn).backward()
+    assert asked.count == 0
 
 
 def test_a_model_with_an_image_begins_as_the_one_without() -> None:

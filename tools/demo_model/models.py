@@ -83,6 +83,12 @@ def tokens(captions: Sequence[str]) -> Tensor:
     return rows.input_ids
 
 
+def prepared(mask: Tensor) -> Tensor:
+    """Which slots hold a word, bool [B, S], as the text encoder takes it without looking whether all do: that waits."""
+    away = torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, torch.finfo(torch.float32).min)
+    return away[:, None, None].expand(-1, 1, mask.shape[1], -1)
+
+
 def _vocabulary() -> dict[str, int]:
     return {word: i for i, word in enumerate(("<pad>", "</s>", "<unk>", *WORDS))}
 

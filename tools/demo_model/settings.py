@@ -52,6 +52,7 @@ class Settings:
     device: str = MISSING
     autocast: bool | None = None
     compile: bool | None = None
+    graph: bool | None = None
     minutes: float = MISSING
     reserve_s: float = MISSING
     save_s: float = MISSING

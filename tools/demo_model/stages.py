@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from . import models, whole
 from .data import Size, draw
+from .graphs import Graphs
 from .latents import Bank, Scenes, choice, generator, statistics
 from .ranks import Ranks
 from .settings import Settings
@@ -35,6 +36,7 @@ class Work(ABC):
         cuda = self.device.type == "cuda"
         self.autocast = cuda if settings.autocast is None else settings.autocast
         self.compile = cuda if settings.compile is None else settings.compile
+        self.graph = cuda if settings.graph is None else settings.graph
         self.sizes = {settings.size(size): weight for size, weight in self.stage.sizes.items()}
 
     @cached_property
@@ -116,6 +118,7 @@ class DenoiseWork(Work):
             for block in self._model.blocks:
                 block.compile()
         self._lengths = torch.tensor(_LENGTHS, device=self.device)
+        self._graphs = Graphs([*self._model.parameters(), *self._text.parameters()])
         self.modules = {"transformer": self._model, "text_encoder": self._text}
 
     def _begin_with(self, stage: str) -> None:
@@ -146,6 +149,13 @@ class DenoiseWork(Work):
         )  # fmt: skip
 
     def loss(self, step: int) -> Tensor:
+        size, count, drawn = self._draw(step)
+        if self.graph:
+            return self._graphs.loss(size, lambda *given: self._loss(count, *given), drawn)
+        return self._loss(count, *drawn)
+
+    def _draw(self, step: int) -> tuple[Size, int, tuple[Tensor, ...]]:
+        """The size of a step's clips, how many all ranks have, and this rank's of all that is drawn for them."""
         size, count, source = self.begin(step)
         x, beside, which = self._bank.batch(step, size, count, source)
 
@@ -159,13 +169,16 @@ class DenoiseWork(Work):
         noise = torch.randn(x.shape, device=self.device, generator=source)
         lengths = self._lengths[torch.randint(len(_LENGTHS), (count,), device=self.device, generator=source)]
         mine = self.ranks.rows(count)
-        x, beside, noise, time, which = (values[mine] for values in (x, beside, noise, time, which))
-        self._padded.pad(lengths[mine])
+        return size, count, tuple(values[mine] for values in (x, beside, noise, time, self._tokens[which], lengths))
+
+    def _loss(self, count: int, x: Tensor, beside: Tensor, noise: Tensor, time: Tensor, tokens: Tensor,
+              lengths: Tensor) -> Tensor:  # fmt: skip
+        """A function of what is drawn alone, which asks the device for nothing."""
+        self._padded.pad(lengths)
         weight = time.view(-1, 1, 1, 1, 1)
-        tokens = self._tokens[which]
         mask = tokens != 0
         with self.half():
-            text = self._text(tokens, mask).last_hidden_state * mask[..., None]
+            text = self._text(tokens, models.prepared(mask)).last_hidden_state * mask[..., None]
             mixed = torch.cat([(1 - weight) * x + weight * noise, beside], 1)
             flow = self._model(mixed, 1000 * time, text, return_dict=False)[0]
         return self.part(functional.mse_loss(flow.float(), noise - x), len(x), count)

@@ -33,10 +33,11 @@ class Training:
         )
 
     def step(self, loss: Tensor) -> None:
-        """One step down the gradient of a loss."""
+        """One step down the gradient of a loss, which may be in the weights already."""
         for group in self._optimizer.param_groups:
             group["lr"] = self.rate()
-        loss.backward()
+        if loss.requires_grad:
+            loss.backward()
         weights = list(self._weights.values())
         self._ranks.average(weights)
         nn.utils.clip_grad_norm_(weights, 1.0)
