@@ -275,7 +275,7 @@ class Asked(TorchDispatchMode):
 
 def test_a_pass_of_the_transformer_asks_the_device_for_nothing(run: Settings) -> None:
     """Else it could not be captured as a graph, and the host could not launch the next while one runs."""
-    job = stages.work(run, "text", Ranks())
+    job: Any = stages.work(run, "text", Ranks())
     _, count, drawn = job._draw(0)
     with Asked() as asked:
         job._loss(count, *drawn).backward()
