@@ -1,5 +1,6 @@
 """A render on GPUs gives the frames that one CPU gives, however it is cut up."""
 
+import re
 from pathlib import Path
 
 import h5py
@@ -47,6 +48,28 @@ def test_one_gpu_gives_the_frames_of_the_cpu(tmp_path: Path, how: tuple[str, ...
     wanted = frames(None, tmp_path, "cpu", "model.device=cpu")
     assert_near(frames(None, tmp_path, "gpu", "model.device=cuda", *how), wanted, levels=1)
     assert "device: NVIDIA" in (tmp_path / "gpu" / "run.log").read_text()
+
+
+@one_gpu
+def test_text_encoders_that_stay_on_the_host_encode_the_same(tmp_path: Path) -> None:
+    wanted = frames(None, tmp_path, "usual", "model.device=cuda", *PLAIN)
+    least = leanest(tmp_path, "model.device=cuda")
+    assert_near(frames(None, tmp_path, "lean", "model.device=cuda", *PLAIN, f"{MEMORY}={least}"), wanted, levels=1)
+    assert "text encoders stay on the host" in (tmp_path / "lean" / "run.log").read_text()
+    assert "text encoders stay" not in (tmp_path / "usual" / "run.log").read_text()
+
+
+MEMORY = "cluster.costs.memory_gb"
+
+
+def leanest(folder: Path, *args: str) -> float:
+    """Gigabytes that a rank has to have at least, as a run that finds less says."""
+    refused = run(
+        None, "output.dir=refused", f"prompts={folder / 'prompts.txt'}", *SMALL, *args, f"{MEMORY}=0.001", cwd=folder
+    )
+    said = re.search(r"the leanest takes ([\d.]+) GB", refused.stderr)
+    assert refused.returncode == 2 and said, refused.stderr
+    return float(said[1]) * 1.001
 
 
 TWO = ("model.device=cuda", *PLAIN)

@@ -89,6 +89,8 @@ class Case(Making):
         """Has a variant ready to be timed; all ranks together. How much memory that takes at most is seen here."""
         faulthandler.dump_traceback_later(self.args.limit_s, exit=True)  # what hangs is not waited for
         gc.collect()
+        if self.device.cuda:
+            torch.cuda.empty_cache()  # graphs have memory of their own, which others left in pieces
         before = torch.cuda.memory_allocated() if self.device.cuda else 0
         taken = self.ours.symmetric_bytes()
         try:
