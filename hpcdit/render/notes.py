@@ -111,6 +111,6 @@ def summary(folder: Path, report: Report, there: int, most_failures: int | None)
     text += f", {theirs['failed']} failed in other runs (see job.h5)" * bool(theirs["failed"])
     if tally.to_go:
         enough = most_failures is not None and tally.failed >= most_failures
-        text += f", {tally.to_go} left to {'do (failures.max)' if enough else 'runs that are at work'}"
+        text += f", {tally.to_go} {'not begun (failures.max)' if enough else 'left to runs that are at work'}"
     report.log.info(text)
     say(f"hpcdit: {text}: {folder / 'videos'}", sys.stdout)
