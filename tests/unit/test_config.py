@@ -169,7 +169,7 @@ REFUSED: dict[str, tuple[Any, ...]] = {  # arguments, and what the line must hol
     "unknown option": (
         ["model=foo"],
         "model=foo",
-        "cogvideox, demo, flux, hunyuanvideo, hunyuanvideo15, ltx, mochi, qwenimage, wan, wan2.1-1.3b, wan2.1-14b",
+        "cogvideox, demo, demo-image, flux, hunyuanvideo, hunyuanvideo15, ltx, mochi, qwenimage, wan, wan2.1-1.3b",
     ),
     "option for key": (["parallel=torus"], "did you mean parallel.method=torus?"),
     "group for key": (["sampling=5"], "'sampling=5'", "sampling.num_frames"),
@@ -306,7 +306,7 @@ def test_help_names_every_key_and_the_groups(capsys: pytest.CaptureFixture[str],
     text = capsys.readouterr().out
     missing = [key for key in RULES if not key.startswith(("model.sampling.", "model.shape.")) and key not in text]
     assert missing == []
-    assert "model: cogvideox, demo, flux, hunyuanvideo, hunyuanvideo15, ltx, mochi, qwenimage, wan, wan2.1-1.3b" in text
+    assert "model: cogvideox, demo, demo-image, flux, hunyuanvideo, hunyuanvideo15, ltx, mochi, qwenimage, wan" in text
     assert list(empty_folder.iterdir()) == []
 
 
