@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from hpcdit.kernels.convolutions import conv3d
+
 # Of other classes nobody has looked whether there is more that looks beyond a row.
 CLASSES = (
     "AutoencoderKLWan", "AutoencoderKLCogVideoX", "AutoencoderKLHunyuanVideo", "AutoencoderKLHunyuanVideo15",
@@ -59,7 +61,7 @@ class ByRows(TorchFunctionMode):
         self._instead: dict[Any, Callable[..., Tensor]] = {
             F.pad: self._pad,
             torch.conv2d: self._conv(torch.conv2d),
-            torch.conv3d: self._conv(torch.conv3d),
+            torch.conv3d: self._conv(conv3d),
             F.group_norm: self._group_norm,
             F.scaled_dot_product_attention: self._attention,
             torch.randn: self._randn,

@@ -15,6 +15,7 @@ import torch
 from ..device import Device
 from ..errors import BrokenRun, VideoError
 from ..group import FATAL
+from ..kernels.convolutions import Convolutions
 from ..models.base import Adapter
 from ..output import catalog, media
 from ..output.record import VideoRecord
@@ -170,7 +171,7 @@ class Finisher:
         if self.rows:
             return self.rows(video.latents, video.owner, video.job.sampling)
         check_latents(video.latents)
-        with self._trace.span("decode", "compute"), self._device.stream():
+        with self._trace.span("decode", "compute"), self._device.stream(), Convolutions():
             return self._adapter.decode(video.latents)
 
     def _write(self, video: Denoised, frames: np.ndarray) -> None:

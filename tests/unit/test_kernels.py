@@ -1,11 +1,14 @@
 """The device's kernels against torch's own attention in float64."""
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hpcdit.kernels import cpu
+from hpcdit.kernels.convolutions import Convolutions
 
 
 def problem(lq: int, lk: int, heads: int, dim: int, dtype: torch.dtype, seed: int) -> tuple[torch.Tensor, ...]:
@@ -62,3 +65,21 @@ def test_strided_views_are_attended_as_they_are() -> None:
     q, k, v = (x.transpose(0, 1).contiguous().transpose(0, 1) for x in problem(9, 7, 3, 8, torch.float64, 0))
     assert not q.is_contiguous()
     assert (cpu.attend(q, k, v)[0] - reference(q, k, v)[0]).abs().max() < 1e-13
+
+
+@pytest.mark.parametrize("stride, padding", [(1, 0), ((1, 2, 2), (1, 0, 1)), ((2, 1, 1), 1)])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.float64, 1e-12)])
+@torch.no_grad()
+def test_convolutions_over_time_are_torch_s(stride: Any, padding: Any, dtype: torch.dtype, tolerance: float) -> None:
+    torch.manual_seed(0)
+    module: Any = torch.nn.Conv3d(6, 5, 3, stride, padding, dtype=dtype)
+    x = torch.randn(1, 6, 4, 9, 11, dtype=dtype).transpose(3, 4)
+    # Channels by hand, so that it is not one of torch's kernels for whole tensors against another.
+    wanted = sum(
+        torch.nn.functional.conv3d(
+            x[:, i : i + 1].double(), module.weight[:, i : i + 1].double(), None, stride, padding
+        )
+        for i in range(6)
+    ) + module.bias.double().view(1, -1, 1, 1, 1)
+    with Convolutions():
+        assert (module(x) - wanted).abs().max() < tolerance
