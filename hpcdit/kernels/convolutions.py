@@ -1,4 +1,4 @@
-"""Convolutions over time on CPUs, by oneDNN for frames of any size: twice as fast as what torch has for small ones."""
+"""Convolutions over time on CPUs by oneDNN: on one thread twice as fast as what torch takes for small frames."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -19,7 +19,8 @@ def conv3d(
 ) -> Tensor:
     """As torch.conv3d, up to rounding; x: [B, C, frames, rows, columns].
 
-    torch takes a kernel of its own for one video of small frames (ConvParams::use_mkldnn in Convolution.cpp).
+    On one thread torch takes a kernel of its own for one video of small frames (ConvParams::use_mkldnn in
+    Convolution.cpp).
     """
     ours = x.device.type == "cpu" and x.dtype == torch.float32 and x.dim() == 5 and not isinstance(padding, str)
     if not ours or torch.is_grad_enabled() or not torch.backends.mkldnn.is_available():
