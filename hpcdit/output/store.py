@@ -180,13 +180,18 @@ class Index:
         if time.monotonic() >= self._due:
             self.write()
 
-    def catch_up(self) -> None:
-        """Takes in what other runs have done, if it is time: to look takes long where there are many videos."""
+    def catch_up(self) -> bool:
+        """Takes in what other runs have done, if it is time: to look takes long where there are many videos.
+
+        Returns whether it was.
+        """
         start = time.monotonic()
-        if start >= self._look_due:
-            self._take(self._look())
-            end = time.monotonic()
-            self._look_due = end + max(self.every, 20 * (end - start))
+        if start < self._look_due:
+            return False
+        self._take(self._look())
+        end = time.monotonic()
+        self._look_due = end + max(self.every, 20 * (end - start))
+        return True
 
     def _take(self, changed: Sequence[Row]) -> None:
         self._rows |= {row.id: row for row in changed if row.status != self._rows[row.id].status}

@@ -132,8 +132,9 @@ class Report:
     def _look(self) -> None:
         """For what other runs have done."""
         with _as_broken_run():
-            self._index.catch_up()
-        self.tally.elsewhere(self._index.rows)
+            looked = self._index.catch_up()
+        if looked:
+            self.tally.elsewhere(self._index.rows)
 
     def _show(self, what: str, now: bool = False) -> None:
         tally = self.tally
