@@ -73,7 +73,7 @@ TINY = {
                    "max_sequence_length": 20},
 }  # fmt: skip
 BOTH = {"usual": 0.5, "wide": 0.5}
-SIZES = {"vae_pictures": {"picture": 1.0}, "vae_clips": BOTH, "text": BOTH, "image": BOTH}
+SIZES = {"vae_pictures": {"picture": 1.0}, "vae_clips": BOTH, "text": BOTH, "text_long": BOTH, "image": BOTH}
 
 
 def tiny(out: Path, steps: int = 6, **changes: Any) -> Settings:
@@ -150,7 +150,7 @@ def test_two_ranks_learn_what_one_does(run: Settings, tmp_path: Path) -> None:
     alone, both = (list(csv.DictReader((of.folder / "curve.csv").open())) for of in (run, made))
     losses = [[(row["stage"], row["step"], float(row["value"])) for row in of if row["name"] == "loss"]
               for of in (alone, both)]  # fmt: skip
-    assert len(losses[0]) == 12 and [row[:2] for row in losses[0]] == [row[:2] for row in losses[1]]
+    assert len(losses[0]) == 15 and [row[:2] for row in losses[0]] == [row[:2] for row in losses[1]]
     assert [row[2] for row in losses[1]] == pytest.approx([row[2] for row in losses[0]], rel=2e-3)
     for name in made.stages:
         wanted, found = (load_file(of.folder / f"{name}.safetensors") for of in (run, made))
@@ -172,7 +172,7 @@ def test_stages_begin_with_what_the_one_before_learned_and_learn(run: Settings) 
     weights = [key for key in clips if key.startswith("average/") and "encoder.conv_in.weight" in key]
     near = (clips[weights[0]] - pictures[weights[0]]).abs().mean()
     assert 0 < float(near) < 0.1 * float(pictures[weights[0]].abs().mean())
-    text, image = (load_file(run.folder / f"{name}.safetensors") for name in ("text", "image"))
+    text, image = (load_file(run.folder / f"{name}.safetensors") for name in ("text_long", "image"))
     frozen = [key for key in text if key.startswith("average/text_encoder.")]
     assert frozen and all(torch.equal(text[key], image[key]) for key in frozen)
     moved = [key for key in text if key.startswith("average/transformer.blocks") and key.endswith("weight")]
