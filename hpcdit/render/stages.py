@@ -5,9 +5,9 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
-from threading import Event
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -26,6 +26,8 @@ from .decoding import RowDecoder, check_latents
 from .manifest import Job
 from .memory import release
 from .together import GivenUp, short_of_memory, told
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -57,8 +59,18 @@ def check_picture(frames: np.ndarray) -> None:
         raise VideoError(f"the frames show nothing: every value is {frames.flat[0]}")
 
 
+def done_now(body: Callable[[], T]) -> Callable[[], T]:
+    """Calls `body`; what comes of it, a value or an error, comes when what this returns is called."""
+    end = Future[T]()
+    try:
+        end.set_result(body())
+    except Exception as error:
+        end.set_exception(error.with_traceback(None))  # which would hold on to all that was computed
+    return end.result
+
+
 class Finisher:
-    """Decodes and writes this rank's share of the videos on a thread of its own, one after the other.
+    """Decodes and writes this rank's share of the videos, one after the other; writes on a thread of its own.
 
     At most one video waits while another is worked on, so that memory stays bounded.
     """
@@ -81,29 +93,29 @@ class Finisher:
         """film: what makes MP4 files, where they are wanted; shared: other runs write into `folder`, too;
         unknown_s: what the first video is expected to take here.
 
-        rows: where all ranks of the group decode each video together; the owner writes it. in_turn: the caller waits
-        while a video is decoded, and goes on while it is written.
+        rows: where all ranks of the group decode each video together; the owner writes it. in_turn: the caller decodes
+        a video, and goes on while it is written; else that is done on the thread, too.
         """
         self.rows, self._in_turn = rows, in_turn
         self._unknown_s = unknown_s
         self._adapter, self._device = adapter, device
         self._folder, self._record, self._trace = folder, record, trace
         self._compression, self._film, self._shared = compression, film, shared
-        # A new thread would take all cores otherwise: OpenMP's thread count is a thread's own setting.
-        self._pool = ThreadPoolExecutor(1, "hpcdit-finisher", torch.set_num_threads, (threads,))
+        # A new thread would take all cores otherwise: OpenMP's thread count is a thread's own setting. While there are
+        # more of its threads than cores, all sleep at once when they wait: what does not decode has none beside it.
+        own = 1 if in_turn else threads
+        self._pool = ThreadPoolExecutor(1, "hpcdit-finisher", torch.set_num_threads, (own,))
         self._running: list[Future[Result | None]] = []
         self._each_s: float | None = (
             None  # what decode and write took of the last video, for each number of its latents
         )
 
     def submit(self, video: Denoised) -> None:
-        """Queues a video; waits while one is queued already."""
-        for earlier in self._running[:-1]:
+        """Queues a video; waits while one is queued already, in turn while one is written."""
+        for earlier in self._running if self._in_turn else self._running[:-1]:
             earlier.exception()
-        decoded = Event()
-        self._running.append(self._pool.submit(self._finish, video, decoded))
-        if self._in_turn:
-            decoded.wait()
+        decode = partial(self._timed, video)
+        self._running.append(self._pool.submit(self._finish, video, done_now(decode) if self._in_turn else decode))
 
     def expected_s(self, numbers: int) -> float:
         """What decode and write of so many numbers of latents will take."""
@@ -115,27 +127,25 @@ class Finisher:
         self._running = [future for future in self._running if future not in ended]
         return [asdict(result) for future in ended if (result := future.result())]
 
-    def _finish(self, video: Denoised, decoded: Event) -> Result | None:
-        """How it ended; None where another rank of the group says so."""
-        try:
-            return self._finished(video, decoded)
-        finally:
-            decoded.set()
-
-    def _finished(self, video: Denoised, decoded: Event) -> Result | None:
-        job, done = video.job, Result(video.job.id, "done", 0.0)
+    def _timed(self, video: Denoised) -> tuple[np.ndarray | None, float]:
+        """The frames, where this rank is to write them, and the seconds that decoding took."""
         start = time.perf_counter()
+        there = os.path.lexists(self._folder / f"{video.job.id}.h5")
+        if self.rows.agreed(there, video.owner) if self.rows else there:
+            raise FileExistsError
+        return self._decode(video), time.perf_counter() - start
+
+    def _finish(self, video: Denoised, decode: Callable[[], tuple[np.ndarray | None, float]]) -> Result | None:
+        """How it ended; None where another rank of the group says so."""
+        job, done = video.job, Result(video.job.id, "done", 0.0)
         try:
-            there = os.path.lexists(self._folder / f"{job.id}.h5")
-            if self.rows.agreed(there, video.owner) if self.rows else there:
-                raise FileExistsError
-            frames = self._decode(video)
-            decoded.set()
+            frames, decode_s = decode()
+            start = time.perf_counter()
             events = self.rows.events(video.owner) if self.rows else np.empty(0, EVENT)
             if frames is not None:
                 check_picture(frames)
                 self._write(replace(video, events=np.concatenate([video.events, events])), frames)
-            self._each_s = (time.perf_counter() - start) / video.latents.numel()
+            self._each_s = (decode_s + time.perf_counter() - start) / video.latents.numel()
         except FATAL:
             raise
         except (VideoError, GivenUp) as error:
