@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from hpcdit.kernels.convolutions import conv3d
+from hpcdit.kernels.vae import conv3d, normalize
 
 # Of other classes nobody has looked whether there is more that looks beyond a row.
 CLASSES = (
@@ -63,6 +63,7 @@ class ByRows(TorchFunctionMode):
             torch.conv2d: self._conv(torch.conv2d),
             torch.conv3d: self._conv(conv3d),
             F.group_norm: self._group_norm,
+            F.normalize: normalize,
             F.scaled_dot_product_attention: self._attention,
             torch.randn: self._randn,
         }

@@ -15,7 +15,7 @@ import torch
 from ..device import Device
 from ..errors import BrokenRun, VideoError
 from ..group import FATAL
-from ..kernels.convolutions import Convolutions
+from ..kernels.vae import FastOnCpus
 from ..models.base import Adapter
 from ..output import catalog, media
 from ..output.record import VideoRecord
@@ -181,7 +181,7 @@ class Finisher:
         if self.rows:
             return self.rows(video.latents, video.owner, video.job.sampling)
         check_latents(video.latents)
-        with self._trace.span("decode", "compute"), self._device.stream(), Convolutions():
+        with self._trace.span("decode", "compute"), self._device.stream(), FastOnCpus():
             return self._adapter.decode(video.latents)
 
     def _write(self, video: Denoised, frames: np.ndarray) -> None:

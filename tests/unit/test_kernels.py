@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hpcdit.kernels import cpu
-from hpcdit.kernels.convolutions import Convolutions
+from hpcdit.kernels.vae import FastOnCpus
 
 
 def problem(lq: int, lk: int, heads: int, dim: int, dtype: torch.dtype, seed: int) -> tuple[torch.Tensor, ...]:
@@ -81,5 +81,17 @@ def test_convolutions_over_time_are_torch_s(stride: Any, padding: Any, dtype: to
         )
         for i in range(6)
     ) + module.bias.double().view(1, -1, 1, 1, 1)
-    with Convolutions():
+    with FastOnCpus():
         assert (module(x) - wanted).abs().max() < tolerance
+
+
+@pytest.mark.parametrize("dim", [1, -1])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.float64, 1e-14)])
+@torch.no_grad()
+def test_norms_over_channels_are_torch_s(dim: int, dtype: torch.dtype, tolerance: float) -> None:
+    x = 100 * torch.randn(1, 6, 4, 9, 11, dtype=dtype, generator=torch.Generator().manual_seed(0))
+    x[:, :, 1, 2, 3], x[:, :, 3, 2, 1] = 0, 1e-14
+    wanted = (x.double() / x.double().pow(2).sum(dim, keepdim=True).sqrt().clamp_min(1e-12)).to(dtype)
+    with FastOnCpus():
+        found = torch.nn.functional.normalize(x, dim=dim)
+    assert (found - wanted).abs().max() < tolerance
