@@ -18,7 +18,7 @@ def work(tell_guard: Callable[[float], None]) -> int:
     """What the guarded process does; the imports come after the fork, so that the guard stays small."""
     # Threads that wait for each other shall sleep: where ranks or programs share cores, spinning takes them from who
     # has work. But to wake up takes longer than the next small operation is away, so they spin for some 0.1 ms first.
-    # 10 steps of a demo video take 1.0 instead of 1.4 s on two cores of its own, and a tenth longer than asleep on
+    # 10 steps of a demo video take 1.1 instead of 1.4 s on two cores of its own, and a tenth longer than asleep on
     # shared ones; five times that would be 0.9 s there, and twice the time here.
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ["OMP_WAIT_POLICY"] = "passive"
