@@ -2,7 +2,7 @@
 
 import torch
 
-from ..kernels.base import Kernels, attend_counted
+from ..kernels.base import Counted, Kernels, attend_counted
 from ..mesh import Mesh
 from ..spans import Spans
 from ..transport.base import Place, Transport
@@ -35,7 +35,7 @@ class Attention:
         self.tensors, self.publish, self.project = self.replay.tensors, self.replay.publish, self.replay.project
         self.close, self.drain = self.replay.close, self.replay.drain
 
-    def attend(self, keys: torch.Tensor | None = None) -> torch.Tensor:
+    def attend(self, keys: Counted | None = None) -> torch.Tensor:
         """The attention output of this rank's tokens, all heads: [B, tokens, H, D]; keys: see base.Sequence."""
         partial: dict[tuple[int, int], list[Partial]] = {}
         for step in self.replay.steps:
@@ -65,16 +65,14 @@ class Attention:
             parts.append(part)
         return replay.here(parts[0] if len(parts) == 1 else torch.cat(parts))
 
-    def _attend(self, step: Attend, partial: dict[tuple[int, int], list[Partial]], keys: torch.Tensor | None) -> None:
+    def _attend(self, step: Attend, partial: dict[tuple[int, int], list[Partial]], keys: Counted | None) -> None:
         """Attends, and keeps the last result apart: the last merge of all writes where the whole is wanted."""
         start = self.spans.start("attend")
         q, k, v = (self._operand(t, step.q if t == "q" else step.kv, step.heads) for t in "qkv")
         if keys is None:
             out, lse = self.kernels.attend(q, k, v)
         else:
-            tokens = [self.placement.tokens[who] for who in step.kv]
-            counted = torch.cat([keys[:, part.start : part.stop] for part in tokens], dim=1)
-            out, lse = attend_counted(self.kernels, q, k, v, counted)
+            out, lse = attend_counted(self.kernels, q, k, v, keys, [self.placement.tokens[who] for who in step.kv])
         at = 0
         for who in step.q:
             count, key = len(self.placement.tokens[who]), (who, step.heads)

@@ -2,7 +2,7 @@
 
 import torch
 
-from ..kernels.base import Kernels
+from ..kernels.base import Counted, Kernels
 from ..mesh import cut
 from ..spans import Spans
 from ..transport.base import Transport
@@ -48,7 +48,7 @@ class SequenceParallel:
         ranks = self._attention.placement.schedule.ranks
         return sum(layers * (len(steps) + 1) + len(ranks) - 1 for steps in ranks)
 
-    def attend(self, keys: torch.Tensor | None = None) -> torch.Tensor:
+    def attend(self, keys: Counted | None = None) -> torch.Tensor:
         """The attention of this rank's queries, [B, tokens, H, D], to all keys, or those that count: a round's end."""
         out = self._attention.attend(keys)
         self._rounds += 1

@@ -2,7 +2,7 @@
 
 import torch
 
-from .base import Blocks, Norm, Tables
+from .base import AttendFirst, Blocks, Norm, Tables
 
 LEAST_PART = 0  # numbers of a part of a matrix product that is worth a call of its own: it saves the part's copy
 
@@ -19,6 +19,12 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Ten
     flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     out, lse = flash(*(x.permute(1, 2, 0, 3) for x in (q, k, v)))
     return out.permute(2, 0, 1, 3), lse.permute(2, 0, 1)
+
+
+def attend_first(dtype: torch.dtype, dim: int) -> AttendFirst | None:
+    """Attention to the first keys of each video, for heads of this dtype and dimension, where it need not ask the
+    device how many they are: there is none here, and no need."""
+    return None
 
 
 def merge(

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .base import Blocks, Norm, Tables
+from .base import AttendFirst, Blocks, Norm, Partial, Tables
 from .cuda_source import MAX_BLOCKS, SOURCE
 
 BACKENDS = ("auto", "fa3", "cudnn", "flash")
@@ -23,7 +23,6 @@ THREADS = 256  # a thread block, where nothing else decides
 VECTOR = 16  # bytes, the widest load or store of a thread
 LEAST_PART = 1 << 24  # as in kernels.cpu; below, each part's last tiles leave SMs idle for longer than a copy takes
 Grid = tuple[int, ...]
-Partial = tuple[Tensor, Tensor]
 
 _wanted = "auto"
 
@@ -77,6 +76,11 @@ def _fits(name: str, dtype: torch.dtype, dim: int, shortest: int) -> bool:
     return dim <= 256 and (name != "fa3" or dtype in _fa3_dtypes())
 
 
+def attend_first(dtype: torch.dtype, dim: int) -> AttendFirst | None:
+    """See `kernels.cpu`: FlashAttention 3 reads on the device how many keys count."""
+    return _fa3_first if backend() == "fa3" and _fits("fa3", dtype, dim, 1) else None
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Partial:
     """Attention of all of q to all of k, v, with the log-sum-exp of its scores (natural logarithm).
 
@@ -110,6 +114,15 @@ def _fa3(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Partial:
     call = importlib.import_module("fa3_fwd_interface").flash_attn_func
     out, lse = call(*(x.transpose(0, 1) for x in (q, k, v)), softmax_scale=scale, return_attn_probs=True)
     return out.transpose(0, 1), lse.permute(2, 0, 1)
+
+
+def _fa3_first(q: Tensor, k: Tensor, v: Tensor, count: Tensor) -> Partial:
+    call = importlib.import_module("fa3_fwd_interface").flash_attn_with_kvcache
+    options = {"softmax_scale": q.shape[3] ** -0.5, "num_splits": 1, "return_softmax_lse": True}
+    rows = (_loadable(x).transpose(0, 1) for x in (q, k, v))
+    out, lse = call(*rows, cache_seqlens=count, **options)[:2]
+    lse = lse.masked_fill(count[:, None, None] == 0, -torch.inf)
+    return out.transpose(0, 1)[..., : q.shape[3]], lse.permute(2, 0, 1)
 
 
 def _aten(name: str, *options: object) -> Callable[[Tensor, Tensor, Tensor, float], Partial]:
@@ -240,6 +253,8 @@ def warm(dtype: torch.dtype, dim: int, device: torch.device, heads: int = 2) -> 
     embed(x, norm, (table, table), whole)
     rows = x.transpose(0, 1)
     first, second = attend(rows, rows, rows), attend(rows, rows, rows)
+    if first_keys := attend_first(dtype, dim):
+        first_keys(rows, rows, rows, torch.ones(1, dtype=torch.int32, device=device))
     for part in (first, merge(*first, *second)):
         for into in (None, whole[0][1]):
             merge(*part, *second, into=into)

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor, device
 
-    from ..kernels.base import Norm, Tables
+    from ..kernels.base import Counted, Norm, Tables
     from ..spans import Spans
     from ..transport.base import Traffic
     from .layers import Layers, Shelf
@@ -53,10 +53,10 @@ class Sequence(Protocol):
     def project(self, name: str, x: "Tensor", weight: "Tensor", bias: "Tensor") -> None:
         """As `publish` of what a linear layer makes of x, [B, tokens, C]; weight: [H * D, C], bias: [H * D]."""
 
-    def attend(self, keys: "Tensor | None" = None) -> "Tensor":
+    def attend(self, keys: "Counted | None" = None) -> "Tensor":
         """The attention of this rank's queries to all keys: [B, tokens, H, D].
 
-        keys: [B, L], of type bool: those that count, where not all do.
+        keys: those that count, where not all do.
         """
 
     def attend_whole(self, q: "Tensor", k: "Tensor", v: "Tensor") -> "Tensor":

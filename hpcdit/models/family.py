@@ -88,13 +88,13 @@ class Family(ABC):
     """One family; without state.
 
     pipelines: its classes in model_index.json. components: what they consist of. classifier_free: whether guidance
-    takes two predictions; else the scale is one of the transformer's inputs. scale: what the pipeline calls it. asked:
-    what the transformer calls those parts of an encoded prompt in which two predictions differ. masked: whether keys
-    are left out of attention, which no CUDA graph can be made of. layers: keys of the transformer's configuration that
-    count layers, and the weights of such a layer that make its queries. patch: latents of a token, where the pipeline
-    takes and gives tokens. calls_back: whether the pipeline tells of the end of each step. schedulers: those that
-    users may choose beside the ones that checkpoints have: each takes what the pipeline tells it, and knows the noise
-    levels that the model was trained on.
+    takes two predictions; else the scale is one of the transformer's inputs. scale: what the pipeline calls it.
+    asked: what the transformer calls those parts of an encoded prompt in which two predictions differ. masked:
+    whether keys are left out of attention; waits: whether the transformer asks the device what its inputs are.
+    layers: keys of the transformer's configuration that count layers, and the weights of such a layer that make its
+    queries. patch: latents of a token, where the pipeline takes and gives tokens. calls_back: whether the pipeline
+    tells of the end of each step. schedulers: those that users may choose beside the ones that checkpoints have:
+    each takes what the pipeline tells it, and knows the noise levels that the model was trained on.
     """
 
     pipelines: tuple[str, ...]
@@ -103,10 +103,15 @@ class Family(ABC):
     scale: str = "guidance_scale"
     asked: Mapping[str, str] = {"prompt_embeds": "encoder_hidden_states"}
     masked: bool = False
+    waits: bool = False
     layers: Mapping[str, str] = {"num_layers": "transformer_blocks.{}.attn.to_q.weight"}
     patch: tuple[int, int, int] | None = None
     calls_back: bool = True
     schedulers: tuple[str, ...] = ()
+
+    def graphs(self, counts_keys: bool) -> bool:
+        """Whether passes can be CUDA graphs; counts_keys: whether attention reads on the device how many keys count."""
+        return not self.waits and (counts_keys or not self.masked)
 
     @abstractmethod
     def check(self, index: "Config", found: Mapping[str, "Config"]) -> None:

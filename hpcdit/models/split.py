@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from ..kernels.base import Counted
 from .base import Sequence
 
 
@@ -49,7 +50,7 @@ class Split:
         self.text_first = False  # where attention has both
         self.text_everywhere = False  # whether the blocks fail where there is no text
         self._text = self._video = 0  # tokens of the pass at hand
-        self._keys: Tensor | None = None  # and which of them count as keys
+        self._keys: Counted | None = None  # and which of them count as keys
 
     def blocks(self, blocks: Any, first: Cuts | None = None, every: Cuts | None = None, mask: str = "") -> None:
         """Cuts arguments of blocks, by name: those in `first` for the first block alone, since it gives them on.
@@ -132,7 +133,7 @@ class Split:
         self._text, self._video = found[Part.TEXT], found[Part.VIDEO]
         if self.text_everywhere and not all(len(self._share(part)[0]) for part in self.sequence.shares):
             raise ValueError(f"{self._text} tokens of text; allowed: one a rank at least")
-        self._keys = None if mask is None else self._joint(mask)
+        self._keys = None if mask is None else Counted(self._joint(mask))
 
     def _share(self, tokens: range) -> tuple[range, range]:
         """The tokens of the text, and those of the video, of the rank that has these tokens of the sequence.

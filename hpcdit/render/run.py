@@ -72,7 +72,7 @@ def _render(run: Run) -> None:
     gc.enable()
     if run.report:
         run.report.log.info("device: %s; transport: %s", machine.device.name, links.transport.describe())
-        notes.warn_untimed(machine.trace, machine.device, graphed(run, links), run.report)
+        notes.warn_untimed(machine.trace, machine.device, graphed(run, machine, links), run.report)
         notes.log_plan(machine.planner, run.report)
         notes.warn_unguided(run.batch, machine.planner.batch.cfg, adapter, run.report)
     loop = engine(run, machine, links, adapter)

@@ -13,6 +13,7 @@ from ..device import Device, bind
 from ..errors import InputError, Stopped
 from ..models.base import Adapter
 from ..models.families import families
+from ..models.loading import ModelFolder
 from ..models.pipeline import PipelineAdapter
 from ..output.claims import Claims, run_name
 from ..output.trace import EVENT, Trace
@@ -119,23 +120,25 @@ class Links:
         self.network.close()
 
 
-def graphed(run: Run, links: Links) -> bool:
+def graphed(run: Run, machine: Machine, links: Links) -> bool:
     """Whether passes of the model are replayed as CUDA graphs."""
-    m = run.config.model
-    can = links.transport.streams and not families()[run.batch.folder.family].masked
-    return m.graph and can and m.layers == "resident"
+    m, family = run.config.model, families()[run.batch.folder.family]
+    counts = machine.device.kernels.attend_first(getattr(torch, m.dtype), run.batch.shape.head_dim) is not None
+    return m.graph and m.layers == "resident" and links.transport.streams and family.graphs(counts)
 
 
 def load(run: Run, machine: Machine, links: Links) -> Adapter:
     """The model, its layers where they belong. Collective; on InputError or Stopped, raised on all ranks, the links are
     closed."""
     m, apart = run.config.model, run.config.model.layers != "resident"
-    options = m.dtype, machine.device.torch, m.compile, graphed(run, links), apart, machine.planner.work.encoders_apart
+    how = m.compile, graphed(run, machine, links), apart, machine.planner.work.encoders_apart
+
+    def adapted(folder: ModelFolder) -> PipelineAdapter:
+        return PipelineAdapter.load(folder, m.dtype, machine.device.torch, *how)
+
     with machine.trace.span("load", "io"):
         try:
-            adapter = load_model(
-                run.world, run.batch.folder, m, run.stop, lambda folder: PipelineAdapter.load(folder, *options)
-            )
+            adapter = load_model(run.world, run.batch.folder, m, run.stop, adapted)
             if apart:
                 shelve(run.cluster, adapter, machine.network, m.layers, run.stop)
         except (InputError, Stopped):
@@ -159,8 +162,8 @@ def engine(run: Run, machine: Machine, links: Links, adapter: Adapter) -> Engine
     transport, dtype = links.transport, getattr(torch, config.model.dtype)
     return Engine(
         links.groups.number, links.groups.replica, transport, links.halves, adapter, machine.device, dtype,
-        graphed(run, links), lambda shape, below: machine.planner(shape, transport.nodes, below), finisher, trace,
-        queue, checkpoints,
+        graphed(run, machine, links), lambda shape, below: machine.planner(shape, transport.nodes, below), finisher,
+        trace, queue, checkpoints,
     )  # fmt: skip
 
 

@@ -104,6 +104,30 @@ def test_backends_are_named(kernels: Any) -> None:
         kernels.use("fast")
 
 
+@pytest.mark.parametrize("dim", [40, 128])
+def test_keys_beyond_the_number_that_counts_are_left_out(kernels: Any, dim: int) -> None:
+    """The number is read on the device: a graph serves any."""
+    attend = kernels.attend_first(BF16, dim)
+    if attend is None:
+        pytest.skip("no backend that reads a number of keys")
+    q, (k, v) = random(257, 3, 5, dim, dtype=BF16), random(2, 300, 3, 5, dim, dtype=BF16)
+    count = torch.tensor([300, 1, 0], dtype=torch.int32, device="cuda")
+    attend(q, k, v, count)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out, lse = attend(q, k, v, count)
+    for numbers in ([300, 1, 0], [0, 129, 64], [37, 300, 299]):
+        count.copy_(torch.tensor(numbers))
+        graph.replay()
+        for b, n in enumerate(numbers):
+            if n == 0:
+                assert lse[:, b].isneginf().all() and out[:, b].isfinite().all(), "a merge takes nothing from it"
+                continue
+            expected, expected_lse = attention(q[:, b : b + 1], k[:n, b : b + 1], v[:n, b : b + 1])
+            assert error(out[:, b : b + 1], expected) < ATTENTION[BF16]
+            assert float((lse[:, b : b + 1].double() - expected_lse).abs().max()) < 2e-4
+
+
 @pytest.mark.parametrize("name", ["fa3", "cudnn", "flash", "efficient"])
 @pytest.mark.parametrize("dtype", [BF16, HALF])
 @pytest.mark.parametrize("dim", [32, 40, 64, 128, 256])

@@ -66,6 +66,7 @@ class Hurried:
 
     LEAST_PART = cpu.LEAST_PART
     merge, embed, to_uint8 = staticmethod(cpu.merge), staticmethod(cpu.embed), staticmethod(cpu.to_uint8)
+    attend_first = staticmethod(cpu.attend_first)
 
     def __init__(self, rank: int, published: Event) -> None:
         self.rank, self.calls, self.published = rank, 0, published

@@ -6,8 +6,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hpcdit.kernels import cpu
+from hpcdit.kernels.base import AttendFirst, Counted, Partial, attend_counted
 from hpcdit.kernels.vae import FastOnCpus
 
 
@@ -40,6 +42,65 @@ def test_attention_and_lse_equal_torch_for_any_size(
     assert out.shape == q.shape and out.dtype == dtype
     assert (out.double() - expected).abs().max() < tolerance
     assert (lse.double() - expected_lse).abs().max() < tolerance
+
+
+class Counting:
+    """Kernels with attention that takes a number of keys, as FlashAttention 3 does."""
+
+    def attend_first(self, dtype: torch.dtype, dim: int) -> AttendFirst:
+        return self._attend
+
+    def _attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, count: torch.Tensor) -> Partial:
+        assert count.dtype == torch.int32 and count.shape == (q.shape[1],)
+        found = [cpu.attend(q[:, b : b + 1], k[:n, b : b + 1], v[:n, b : b + 1]) for b, n in enumerate(count.tolist())]
+        return torch.cat([out for out, _ in found], 1), torch.cat([lse for _, lse in found], 1)
+
+
+@pytest.mark.parametrize("kernels", [cpu, Counting()], ids=["host", "device"])
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(st.lists(st.integers(0, 12), min_size=1, max_size=3), st.integers(0, 99), st.data())
+def test_keys_that_do_not_count_are_left_out(kernels: Any, sizes: list[int], seed: int, data: st.DataObject) -> None:
+    """Whatever part of the sequence the keys are of; where none counts, a merge takes nothing from there."""
+    total = sum(sizes) + 5
+    counts = torch.tensor([data.draw(st.lists(st.booleans(), min_size=total, max_size=total)) for _ in range(2)])
+    ends = torch.tensor(sizes).cumsum(0).tolist()
+    parts = [range(2 + end - size, 2 + end) for size, end in zip(sizes, ends, strict=True)][::-1]
+    q, k, v = problem(7, total, 3, 8, torch.float64, seed)
+    here = torch.cat([torch.arange(part.start, part.stop) for part in parts])
+    counted = Counted(counts)
+    for _ in range(2):  # what it remembers serves the next layer
+        out, lse = attend_counted(kernels, q, k[here], v[here], counted, parts)
+        for b in range(2):
+            chosen = here[counts[b, here]]
+            if len(chosen):
+                expected = reference(q[:, b : b + 1], k[chosen, b : b + 1], v[chosen, b : b + 1])
+                assert torch.allclose(out[:, b : b + 1], expected[0]) and torch.allclose(lse[:, b : b + 1], expected[1])
+            else:
+                assert (out[:, b] == 0).all() and lse[:, b].isneginf().all()
+
+
+class Asked(TorchDispatchMode):
+    """What is asked of the device that the host has to wait for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[Any] = []
+
+    def __torch_dispatch__(self, op: Any, types: Any, given: Any = (), options: Any = None) -> Any:
+        if op in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default):
+            self.found.append(op)
+        return op(*given, **(options or {}))
+
+
+def test_which_keys_come_first_is_not_asked_of_the_device() -> None:
+    """Else no CUDA graph could be made of it; where the keys themselves are wanted, the host has to know."""
+    counted = Counted(torch.rand(2, 9) < 0.5)
+    with Asked() as asked:
+        counted.first([range(2, 5), range(7, 9)])
+    assert not asked.found
+    with Asked() as asked:
+        counted.places([range(2, 5)])
+    assert asked.found
 
 
 @settings(max_examples=50, deadline=None, derandomize=True)

@@ -63,7 +63,7 @@ def test_each_cell_is_what_tests_run_or_the_family_says(pipeline: str) -> None:
         "`model.layers`": "resident" not in LAYERS and bool(rendered),
         "`model.lora`": not mine.keys().isdisjoint(with_lora()),
         "`parallel.vae=rows`": vae in CLASSES,
-        "`model.graph`": not family.masked,
+        "`model.graph`": family.graphs(False) or ("with FlashAttention 3" if family.graphs(True) else False),
     }
     row = dict(MODELS[pipeline])
     del row["pipeline"]

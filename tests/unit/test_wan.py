@@ -17,7 +17,7 @@ from diffusers.models.activations import GELU
 import hpcdit.models
 from hpcdit.errors import VideoError
 from hpcdit.kernels import cpu
-from hpcdit.kernels.base import Norm, Tables
+from hpcdit.kernels.base import Counted, Norm, Tables
 from hpcdit.models.base import OnStep, Snapshot
 from hpcdit.models.families.wan_blocks import GeluProjection
 from hpcdit.models.loading import inspect
@@ -92,14 +92,14 @@ class Member:
         self.published[name] = F.linear(x, weight, bias)
         self.order.append(name)
 
-    def attend(self, keys: torch.Tensor | None = None) -> torch.Tensor:
+    def attend(self, keys: Counted | None = None) -> torch.Tensor:
+        assert keys is None
         q, k, v = (self.published.pop(name) for name in "qkv")
         v = v.reshape(k.shape)  # what was projected has no heads yet
         if self.group.exchange:
             k, v = (self.group.all_tokens(self.rank, x) for x in (k, v))
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        mask = None if keys is None else keys[:, None, None]
-        return F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2)
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
     def attend_whole(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))

@@ -47,6 +47,7 @@ class PacedKernels:
 
     LEAST_PART = cpu.LEAST_PART
     embed, to_uint8 = staticmethod(cpu.embed), staticmethod(cpu.to_uint8)
+    attend_first = staticmethod(cpu.attend_first)
 
     def merge(
         self,

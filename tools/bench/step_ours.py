@@ -95,7 +95,8 @@ class Ours:
         )
         if self.device.cuda:
             described.compile(transformer)
-        graph = graph and self.device.cuda and transport.streams and not described.masked and layers == "resident"
+        can = described.graphs(self.device.kernels.attend_first(self.dtype, work.head_dim) is not None)
+        graph = graph and self.device.cuda and transport.streams and can and layers == "resident"
         passes = Passes(transformer.forward, graph)
         passes.begin(sequence)
         transformer.forward = passes

@@ -43,6 +43,7 @@ class HunyuanVideo15(Family):
         "prompt_embeds_mask_2": "encoder_attention_mask_2",
     }
     masked = True
+    waits = True
     calls_back = False
 
     def check(self, index: Config, found: Mapping[str, Config]) -> None:
