@@ -9,6 +9,7 @@ is attended once, whatever the method.
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
+from functools import wraps
 from inspect import signature
 from typing import Any
 
@@ -50,7 +51,19 @@ class Split:
         self.text_first = False  # where attention has both
         self.text_everywhere = False  # whether the blocks fail where there is no text
         self._text = self._video = 0  # tokens of the pass at hand
-        self._keys: Counted | None = None  # and which of them count as keys
+        self._mask: Tensor | None = None  # what says which of the text's count as keys, where the blocks are not told
+        self._keys: Counted | None = None  # and which of them all do
+
+    def hide(self, model: Any, mask: str) -> None:
+        """Keeps an argument of the model, by name, for its blocks (see `blocks`): the model does not look at it."""
+        compute = model.forward
+
+        @wraps(compute)
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            self._mask = kwargs.pop(mask, None)
+            return compute(*args, **kwargs)
+
+        model.forward = forward
 
     def blocks(self, blocks: Any, first: Cuts | None = None, every: Cuts | None = None, mask: str = "") -> None:
         """Cuts arguments of blocks, by name: those in `first` for the first block alone, since it gives them on.
@@ -67,7 +80,7 @@ class Split:
             ) -> tuple[tuple[()], dict[str, Any]]:
                 named = {**dict(zip(names, args, strict=False)), **kwargs}
                 if starts:
-                    self._count(starts, named, named.get(mask))
+                    self._count(starts, named, self._mask if named.get(mask) is None else named[mask])
                 if mask:
                     named[mask] = None
                 return (), {name: self.cut(x, cuts[name]) if name in cuts else x for name, x in named.items()}

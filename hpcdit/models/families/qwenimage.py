@@ -73,6 +73,7 @@ class QwenImage(Family):
         from ..split import TEXT, VIDEO, Cut, Part
 
         split.text_first = True
+        split.hide(model, "encoder_hidden_states_mask")  # it would bring a number from the host, as no graph can
         first = {"hidden_states": VIDEO, "encoder_hidden_states": TEXT}
         rotary = {"image_rotary_emb": (Cut(Part.VIDEO, dim=0), Cut(Part.TEXT, dim=0))}
         split.blocks(model.transformer_blocks, first, rotary, mask="encoder_hidden_states_mask")
