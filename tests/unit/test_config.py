@@ -18,7 +18,7 @@ from hpcdit.errors import InputError
 from hpcdit.keys import RULES
 from hpcdit.planner.presets import UNITS
 
-DEMO = Sampling(33, 96, 96, 10, 4.0, 0, 16, 64)
+DEMO = Sampling(33, 96, 96, 16, 4.0, 0, 16, 64)
 WAN = Sampling(81, 480, 832, 50, 5.0, 0, 16, 512)
 LONG = "x" * 10_000
 

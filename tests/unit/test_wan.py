@@ -93,13 +93,19 @@ class Member:
         self.order.append(name)
 
     def attend(self, keys: Counted | None = None) -> torch.Tensor:
-        assert keys is None
         q, k, v = (self.published.pop(name) for name in "qkv")
         v = v.reshape(k.shape)  # what was projected has no heads yet
         if self.group.exchange:
             k, v = (self.group.all_tokens(self.rank, x) for x in (k, v))
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+        mask = None
+        if keys is not None:
+            mask = torch.ones(len(q), 1, 1, k.shape[2], dtype=torch.bool)
+            for row, at in zip(mask, keys.places([range(k.shape[2])]), strict=True):
+                if at is not None:
+                    row[...] = False
+                    row[..., at] = True
+        return F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2)
 
     def attend_whole(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
