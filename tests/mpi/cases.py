@@ -84,7 +84,7 @@ def program(comm: MPI.Comm, prompts: str, folder: str) -> Any:
 
     def body(world: World) -> int:
         together = "parallel.replicas=1", "parallel.cfg=1", "cluster.ranks_per_node=2"
-        args = [f"prompts={prompts}", f"output.dir={folder}/{world.size}", "sampling.num_frames=17"]
+        args = [f"prompts={prompts}", f"output.dir={folder}/{world.size}", "sampling.num_frames=17", "sampling.steps=6"]
         return app.run(world, [*args, *together])
 
     return each_size(comm, body, [(6,), (5, 1), (4, 2), (3,)])
