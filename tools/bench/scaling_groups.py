@@ -22,7 +22,8 @@ os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")  # before CUDA starts
 
 import attention_gpu_ours as own
 import gpu
-import step
+from step import TEXT_TOKENS
+from step_model import CHANNELS, MODELS, TEXT_DIM, Model, transformer
 from step_ours import DTYPE, Ours
 
 from hpcdit.attention.executor import Attention
@@ -36,7 +37,7 @@ from hpcdit.spans import Spans
 
 REPEAT = 3  # timed calls, after one that is not
 LAYERS = 2, 6  # of a model that are timed, for a line to the whole
-TINY = step.Model(heads=4, ffn_dim=256, layers=4, timed=2)
+TINY = Model(heads=4, ffn_dim=256, layers=4, timed=2)
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Sizes:
     heads: tuple[int, ...] = (24, 40)
     videos: tuple[tuple[int, int], ...] = ((480, 832), (720, 1280))
     frames: int = 81
-    model: step.Model = step.MODELS["14b"]
+    model: Model = MODELS["14b"]
 
 
 SMALL = Sizes((512,), (8,), ((64, 96),), 9, TINY)
@@ -164,11 +165,11 @@ def steps(bench: Bench, n: int, first: dict[tuple[int, int], float]) -> None:
         latents = ((sizes.frames - 1) // 4 + 1, height // 8, width // 8)
         generator = torch.Generator(device.torch).manual_seed(1)
         draw = partial(torch.randn, generator=generator, device=device.torch, dtype=DTYPE)
-        noise, texts = draw(1, step.CHANNELS, *latents), [draw(1, step.TEXT_TOKENS, step.TEXT_DIM) for _ in range(2)]
+        noise, texts = draw(1, CHANNELS, *latents), [draw(1, TEXT_TOKENS, TEXT_DIM) for _ in range(2)]
         tokens, times, note = latents[0] * latents[1] * latents[2] // 4, [], ""
         layers = [min(count, sizes.model.layers) for count in LAYERS]
         for count in layers:
-            model = step.transformer(sizes.model, count, device.torch)
+            model = transformer(sizes.model, count, device.torch)
             made = bench.ours.prepare_wan(
                 model, tokens, noise, texts[1], bench.world.size // n, None, sizes.model.layers
             )  # fmt: skip
