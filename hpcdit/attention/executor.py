@@ -2,7 +2,7 @@
 
 import torch
 
-from ..kernels.base import Counted, Kernels, attend_counted
+from ..kernels.base import Counted, Kernels, Partial, attend_counted
 from ..mesh import Mesh
 from ..spans import Spans
 from ..transport.base import Place, Transport
@@ -10,8 +10,6 @@ from .methods import gather as gather_method
 from .placement import Placement
 from .replay import Replay
 from .schedule import Attend, Piece, Pull, Push, Schedule, Shape
-
-Partial = tuple[torch.Tensor, torch.Tensor]
 
 
 class Attention:

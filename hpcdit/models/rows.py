@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from hpcdit.kernels.vae import conv3d, normalize
+from ..kernels.vae import conv3d, normalize
 
 # Of other classes nobody has looked whether there is more that looks beyond a row.
 CLASSES = (

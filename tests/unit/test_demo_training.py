@@ -15,9 +15,9 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 from torch import multiprocessing
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from hpcdit.models.loading import inspect, shape
+from tests.asked import Asked
 from tools.demo_model import export, latents, models, stages, train, whole
 from tools.demo_model.captions import held_out, parse
 from tools.demo_model.ranks import Ranks
@@ -261,16 +261,6 @@ def test_a_prepared_mask_is_what_the_text_encoder_makes_of_one() -> None:
     found = encoder(tokens, models.prepared(tokens != 0)).last_hidden_state
     assert torch.allclose(found, wanted, atol=1e-6)
     assert not torch.allclose(encoder(tokens).last_hidden_state, wanted, atol=1e-3)
-
-
-class Asked(TorchDispatchMode):
-    """Counts how often the host waits for a number of the device's."""
-
-    count = 0
-
-    def __torch_dispatch__(self, op: Any, types: Any, given: Any = (), options: Any = None) -> Any:
-        self.count += op in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
-        return op(*given, **(options or {}))
 
 
 def test_a_pass_of_the_transformer_asks_the_device_for_nothing(run: Settings) -> None:
