@@ -85,6 +85,14 @@ class Placement:
     def place(self, piece: Piece, rank: int) -> Place:
         return Place(rank, self.blocks[rank][piece][0])
 
+    def private(self, rank: int) -> set[Piece]:
+        """What `rank` publishes and nobody else reads, where it is not attended together with other pieces."""
+        used = [step for step in self.schedule.ranks[rank] if isinstance(step, Attend)]
+        together = set(_used(used, least=2))
+        others = [self.schedule.sources[other] for other in range(self.schedule.mesh.size) if other != rank]
+        own = [Piece(tensor, rank, slot) for tensor in "qkv" for slot in self.schedule.own(rank)]
+        return {piece for piece in own if piece not in together and not any(piece in pulled for pulled in others)}
+
     @cached_property
     def crossings(self) -> list[tuple[int, int, Piece]]:
         """(from, to, piece) of the pieces that cross nodes, in the order in which they should leave."""

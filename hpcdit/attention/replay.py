@@ -2,7 +2,7 @@
 
 import torch
 
-from ..kernels.base import Kernels, Norm, Tables
+from ..kernels.base import Blocks, Kernels, Norm, Tables
 from ..spans import Spans
 from ..transport.base import Exchange, Transport
 from .placement import Placement
@@ -23,6 +23,7 @@ class Replay:
         self._open = False
         self.at = 0  # steps of this round that are done
         self._published = set[Piece]()
+        self._private, self._held = placement.private(self.rank), dict[Piece, torch.Tensor]()
         self.device, self.dtype = torch.device("cpu"), dtype  # the device is that of what is published
         leaving = (p for source, _, p in placement.crossings if source == p.tokens == self.rank)
         own, slots = placement.schedule.own(self.rank), placement.schedule.slots
@@ -34,6 +35,8 @@ class Replay:
         return found
 
     def view(self, pieces: list[Piece], rank: int) -> torch.Tensor | None:
+        if rank == self.rank and pieces[0] in self._held:
+            return self._held[pieces[0]]
         return self.placement.view(self.memory(rank), rank, pieces)
 
     def here(self, x: torch.Tensor) -> torch.Tensor:
@@ -43,10 +46,13 @@ class Replay:
     def publish(self, tensor: str, x: torch.Tensor, norm: Norm | None = None, tables: Tables | None = None) -> None:
         """Writes this rank's tokens of `tensor` into its blocks, one a head slot, and signals each.
 
-        x: [B, tokens, H, D]; norm, tables: what it gets on its way, see kernels.cpu.embed.
+        x: [B, tokens, H, D], which stays as it is until the round ends: what nobody else reads, and nothing has to be
+        done to, is not copied; norm, tables: what it gets on its way, see kernels.cpu.embed.
         """
-        blocks = self.blocks(tensor, x.device)
-        if blocks[0][1].device == x.device:
+        blocks: Blocks = self.blocks(tensor, x.device)
+        if norm is None and tables is None and x.dtype == self.dtype:
+            blocks = self._hold(tensor, x, blocks)
+        if not blocks or blocks[0][1].device == x.device:
             self.kernels.embed(x, norm, tables, blocks)
         else:
             made = [(heads, torch.empty_like(block, device=x.device)) for heads, block in blocks]
@@ -55,6 +61,17 @@ class Replay:
                 block.copy_(new)
         for slot in self.slots:
             self.signal(tensor, slot)
+
+    def _hold(self, tensor: str, x: torch.Tensor, blocks: Blocks) -> Blocks:
+        """Keeps of x what only this rank reads; returns the other blocks."""
+        left = []
+        for slot, (heads, block) in zip(self.slots, blocks, strict=True):
+            piece = Piece(tensor, self.rank, slot)
+            if piece in self._private:
+                self._held[piece] = x[:, :, heads.start : heads.stop].transpose(0, 1)
+            else:
+                left.append((heads, block))
+        return left
 
     def project(self, tensor: str, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> None:
         """As `publish` of what a linear layer makes of x; without a copy where its product fits the blocks.
@@ -123,6 +140,7 @@ class Replay:
         self.exchange.quiet()
         self._open, self.at = False, 0
         self._published.clear()
+        self._held.clear()
 
     def drain(self) -> None:
         """Goes through the rest of this round, or through the next, with whatever lies in memory.

@@ -75,14 +75,19 @@ def attend_counted(
     """As `kernels.attend`, to those keys that count; parts: the tokens that k and v are of."""
     if attend_first := kernels.attend_first(q.dtype, q.shape[3]):
         order, count = counted.first(parts)
-        k, v = (torch.cat([_keys(x, b, row) for b, row in enumerate(order)], 1) for x in (k, v))
+        k, v = (_side_by_side([_keys(x, b, row) for b, row in enumerate(order)]) for x in (k, v))
         return attend_first(q, k, v, count)
     places = counted.places(parts)
     if all(place is None for place in places):
         return kernels.attend(q, k, v)
     found = [kernels.attend(q[:, b : b + 1], _keys(k, b, at), _keys(v, b, at)) for b, at in enumerate(places)]
     out, lse = zip(*found, strict=True)
-    return torch.cat(out, 1), torch.cat(lse, 1)
+    return _side_by_side(out), _side_by_side(lse)
+
+
+def _side_by_side(videos: Sequence[torch.Tensor]) -> torch.Tensor:
+    """[tokens, 1, ...] of each, as [tokens, B, ...]."""
+    return videos[0] if len(videos) == 1 else torch.cat(tuple(videos), 1)
 
 
 def _keys(x: torch.Tensor, video: int, place: torch.Tensor | None) -> torch.Tensor:

@@ -161,9 +161,10 @@ class Family(ABC):
 
     def compile(self, transformer: Any) -> None:
         """On a GPU, with model.compile: what torch.compile is to make of it: here, its layers one by one."""
-        for name in self.layer_lists():  # diffusers' compile_repeated_blocks knows those of some classes only
-            for block in transformer.get_submodule(name):
-                block.compile(dynamic=False)
+        from .compiling import compile_layers
+
+        for name in self.layer_lists():
+            compile_layers(transformer.get_submodule(name))
 
     def encode(self, pipe: Any, text: str, limit: int) -> "tuple[Encoding, int]":
         """An encoded prompt, and how many of its tokens were cut off; limit: max_sequence_length.

@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from enum import Enum
 from functools import wraps
 from inspect import signature
+from itertools import count
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 import torch.nn.functional as F
@@ -48,6 +50,8 @@ class Split:
     sequence: Sequence
 
     def __init__(self) -> None:
+        self.number = next(_numbers)
+        _splits[self.number] = self
         self.text_first = False  # where attention has both
         self.text_everywhere = False  # whether the blocks fail where there is no text
         self._text = self._video = 0  # tokens of the pass at hand
@@ -89,13 +93,13 @@ class Split:
 
     def share(self, attention: Any) -> None:
         """Makes this attention that of all ranks' tokens."""
-        compute = attention.forward
+        compute, answered = attention.forward, _Answered(self)
 
         def forward(*args: Any, **kwargs: Any) -> Any:
-            with _Answered(self):
+            with answered:
                 return compute(*args, **kwargs)
 
-        attention.forward = torch.compiler.disable(forward)  # others wait for what it publishes
+        attention.forward = forward
 
     def end(self, module: Any) -> None:
         """Brings the video's tokens, which are what `module` gives out, together on all ranks."""
@@ -116,28 +120,14 @@ class Split:
         both = [x.narrow(cut.dim, at[0] + text.start, len(text)), x.narrow(cut.dim, at[1] + video.start, len(video))]
         return torch.cat(both if self.text_first else both[::-1], cut.dim)
 
-    def attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        scale: float | None = None,
-        enable_gqa: bool = False,
-    ) -> Tensor:
-        """As torch's: attention of this rank's queries, [B, H, tokens, D], to the keys of all ranks.
-
-        Raises ValueError for what is not supported.
-        """
-        if attn_mask is not None or dropout_p or is_causal or scale is not None or enable_gqa:
-            raise ValueError("attention over several ranks has no dropout, mask, scale or shared heads")
-        parts = {"q": query, "k": key, "v": value}
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attention of this rank's queries to the keys of all ranks; [B, tokens, H, D] each."""
+        parts = {"q": q, "k": k, "v": v}
         for name in self.sequence.tensors:
-            self.sequence.publish(name, parts[name].transpose(1, 2))
-        return self.sequence.attend(self._keys).transpose(1, 2)
+            self.sequence.publish(name, parts[name])
+        return self.sequence.attend(self._keys)
 
+    @torch.compiler.disable  # `attend` looks at what it finds, and compiled code would note that in the end only
     def _count(self, first: Mapping[str, Cut], named: Mapping[str, Any], mask: Tensor | None) -> None:
         found = {part: 0 for part in Part}
         for name, cut in first.items():
@@ -179,13 +169,52 @@ class Split:
         return torch.cat(parts, dim=1)
 
 
+# An operator is given numbers and tensors only: its split by its number.
+_numbers, _splits = count(), WeakValueDictionary[int, Split]()
+
+
+@torch.library.custom_op("hpcdit::attend", mutates_args=())
+def _attend(q: Tensor, k: Tensor, v: Tensor, split: int) -> Tensor:
+    """`Split.attend` as one operator: what others wait for and what waits for others stays in it, compiled or not."""
+    return _splits[split].attend(q, k, v).contiguous()
+
+
+@_attend.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, split: int) -> Tensor:
+    return torch.empty_like(q, memory_format=torch.contiguous_format)
+
+
 class _Answered(TorchFunctionMode):
-    """In its body, `split` answers what is asked of torch's attention."""
+    """In its body, a split answers what is asked of torch's attention."""
 
     def __init__(self, split: Split) -> None:
         super().__init__()
-        self._split = split
+        self._split = split.number
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        answer = self._split.attend if func is F.scaled_dot_product_attention else func
-        return answer(*args, **(kwargs or {}))
+        if func is F.scaled_dot_product_attention:
+            return self._answer(*args, **(kwargs or {}))
+        if func is Tensor.unflatten:  # written in Python, by way of what torch.compile does not follow
+            return args[0].unflatten(*args[1:], **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+    def _answer(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        """As torch's: attention of this rank's queries, [B, H, tokens, D], to the keys of all ranks.
+
+        Raises ValueError for what is not supported.
+        """
+        if attn_mask is not None or dropout_p or is_causal or scale is not None or enable_gqa:
+            raise ValueError("attention over several ranks has no dropout, mask, scale or shared heads")
+        # Compiled, what makes them writes them so; else it is a copy where heads come before tokens.
+        q, k, v = (x.transpose(1, 2).contiguous() for x in (query, key, value))
+        return _attend(q, k, v, self._split).transpose(1, 2)

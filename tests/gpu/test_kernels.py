@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hpcdit.kernels.base import Norm, Tables
 from hpcdit.kernels.cpu import rotate
-from hpcdit.models.families.wan_blocks import GeluProjection
+from hpcdit.models.compiling import GeluProjection
 from tests.require import needs
 
 MISSING = "no CUDA device" if not torch.cuda.is_available() else ""

@@ -186,6 +186,47 @@ def test_all_layers_are_compiled_where_a_gpu_is_to_run_them(checkpoints: Path, n
     assert len(compiled) == shape(folder).layers
 
 
+ONE_OF_EACH = sorted({"cogvideox-5b", "wan-fine", *families()} - {"cogvideox", "wan"})
+
+
+@pytest.mark.parametrize("name", ONE_OF_EACH)
+def test_the_fewest_steps_that_are_allowed_make_a_video(checkpoints: Path, name: str) -> None:
+    example, adapter = EXAMPLES[name], PipelineAdapter.load(inspect(checkpoints / name))
+    (prompt, negative, seed), of = PROMPTS[0], adapter.shape
+    conditions = adapter.encode(prompt, negative, adapter.guided(example.scale), example.length)
+    alone = Member(Group(of.length(*example.size, example.length)), 0)
+    settings = of.least_steps, example.scale, alone, lambda *_: None
+    assert adapter.denoise(conditions, adapter.noise(seed, *example.size), *settings, seeds=(seed,)).isfinite().all()
+    with pytest.raises(InputError, match=f"^steps: {of.least_steps - 1}; allowed: {of.least_steps} or more"):
+        of.legal(*example.size, steps=of.least_steps - 1)
+
+
+@pytest.mark.parametrize("name", sorted({*ONE_OF_EACH} - {"wan-fine"}))
+def test_layers_with_shared_attention_are_compiled_whole(
+    checkpoints: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """What torch.compile is given holds the attention of all ranks as one operator; only tokens are counted apart."""
+    example, adapter = EXAMPLES[name], PipelineAdapter.load(inspect(checkpoints / name))
+    (prompt, negative, seed), of = PROMPTS[0], adapter.shape
+    conditions = adapter.encode(prompt, negative, adapter.guided(example.scale), example.length)
+    noise, length = adapter.noise(seed, *example.size), of.length(*example.size, example.length)
+
+    def denoised() -> torch.Tensor:
+        settings = example.steps, example.scale, Member(Group(length), 0), lambda *_: None
+        return adapter.denoise(conditions, noise, *settings, seeds=(seed,))
+
+    wanted, compiled = denoised(), torch.nn.Module.compile
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.nn.Module, "compile", lambda layer, **kw: compiled(layer, backend="eager", **kw))
+        families()[inspect(checkpoints / name).family].compile(adapter._pipe.transformer)
+    assert abs(denoised() - wanted).max() < NEAR
+    counters = torch._dynamo.utils.counters
+    assert counters["stats"]["unique_graphs"] >= 2 and counters["graph_break"].total() == 1
+    torch._dynamo.reset()
+
+
 @pytest.mark.parametrize("name", sorted(families()))
 def test_a_family_has_defaults_that_its_models_can_make(checkpoints: Path, name: str) -> None:
     """Of the sizes of real models, whose VAEs are as many levels deep as those of the examples, or deeper."""

@@ -11,11 +11,12 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from hpcdit.attention.executor import Attention
 from hpcdit.attention.methods import METHODS, inter_elements, schedule
 from hpcdit.attention.schedule import Shape, traffic
 from hpcdit.kernels import cpu
 from hpcdit.transport.base import Exchange
-from tests.attention_cases import Case
+from tests.attention_cases import UNTIMED, Case
 from tests.local import LocalTransport, on_ranks
 
 CASES = Counter[str]()
@@ -170,3 +171,40 @@ def test_a_rank_that_fails_anywhere_drains_its_round_and_the_next_one_is_exact(
     # Of an even number of passes, the last is whole on all ranks: those before may hold junk.
     case = replace(case, layers=8)
     assert max(on_ranks(nodes, body, apart)) < 1e-12
+
+
+class Uncopied:
+    """The CPU's kernels, but what is to be copied is written down: how many blocks a call, and with what done to it."""
+
+    def __init__(self) -> None:
+        self.copied: list[int] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(cpu, name)
+
+    def embed(self, x: torch.Tensor, norm: Any, tables: Any, blocks: Any) -> None:
+        self.copied.append(len(blocks))
+        cpu.embed(x, norm, tables, blocks)
+
+
+@pytest.mark.parametrize(
+    ("method", "ulysses", "ring", "copied"),
+    [("torus", 1, 1, {"q": 0, "k": 0, "v": 0}), ("ring", 1, 3, {"q": 0, "k": 1, "v": 1}), ("ulysses", 3, 1, 3)],
+)
+def test_what_only_its_own_rank_reads_is_not_copied(method: str, ulysses: int, ring: int, copied: Any) -> None:
+    """A ring sends keys and values alone; Ulysses puts every rank's queries side by side, its own too."""
+    shape, x = Shape(2, 12, 3, 4), torch.randn(2, 12 // (ulysses * ring), 3, 4)
+
+    def body(transport: Any) -> Any:
+        kernels: Any = Uncopied()
+        attention = Attention(schedule(method, ulysses, ring), shape, transport, kernels, torch.float32, UNTIMED)
+        for _ in range(2):
+            for name in attention.tensors:
+                attention.publish(name, x)
+            attention.attend()
+        attention.publish("q", x, None, (torch.ones(len(x[0]), 1, 2), torch.zeros(len(x[0]), 1, 2)))
+        return attention.tensors, kernels.copied
+
+    for tensors, counts in on_ranks((0,) * (ulysses * ring), body, False):
+        wanted = [copied if isinstance(copied, int) else copied[name] for name in tensors] * 2
+        assert counts == [*wanted, ulysses], "a rotation is written where it is to be read"

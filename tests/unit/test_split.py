@@ -3,12 +3,15 @@
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
 from hpcdit.mesh import cut
 from hpcdit.models.split import Cut, Part, Split
+from tests.unit.test_wan import Group, Member
 
 
 class Block(torch.nn.Module):
@@ -47,3 +50,18 @@ def test_each_token_is_one_ranks_and_keys_are_in_the_sequences_order(
     expected = torch.tensor([True if token < 100 else bool(counted[0, token - 100]) for token in sequence.tolist()])
     (places,) = split._keys.places([range(len(sequence))])
     assert expected.all() if places is None else expected.nonzero()[:, 0].equal(places)
+
+
+@pytest.mark.parametrize("heads_first", [False, True])
+def test_the_operator_is_what_torch_compile_takes_it_for(heads_first: bool) -> None:
+    """Its result is new and laid out as it is told to be, whatever the layouts of q, k and v."""
+    split = Split()
+    member = Member(Group(7), 0)
+    split.sequence = member
+    drawn = [torch.randn(2, 3, 7, 4).transpose(1, 2) if heads_first else torch.randn(2, 7, 3, 4) for _ in "qkv"]
+    torch.library.opcheck(
+        torch.ops.hpcdit.attend.default, (*drawn, split.number), test_utils=("test_schema", "test_faketensor")
+    )
+    q, k, v = (x.transpose(1, 2) for x in drawn)
+    assert torch.ops.hpcdit.attend(*drawn, split.number).equal(F.scaled_dot_product_attention(q, k, v).transpose(1, 2))
+    assert sorted(member.order[:3]) == ["k", "q", "v"]

@@ -19,7 +19,7 @@ from hpcdit.errors import VideoError
 from hpcdit.kernels import cpu
 from hpcdit.kernels.base import Counted, Norm, Tables
 from hpcdit.models.base import OnStep, Snapshot
-from hpcdit.models.families.wan_blocks import GeluProjection
+from hpcdit.models.compiling import GeluProjection
 from hpcdit.models.loading import inspect
 from hpcdit.models.pipeline import PipelineAdapter
 from hpcdit.transport.base import Traffic

@@ -70,14 +70,17 @@ class QwenImage(Family):
         )
 
     def split(self, model: Any, split: "Split") -> None:
+        from ..joint import Joint, turned
         from ..split import TEXT, VIDEO, Cut, Part
 
-        split.text_first = True
         split.hide(model, "encoder_hidden_states_mask")  # it would bring a number from the host, as no graph can
+        # Complex numbers are what torch.compile makes no kernels for.
+        model.pos_embed.register_forward_hook(lambda rope, args, made: tuple(_real(x) for x in made))
         first = {"hidden_states": VIDEO, "encoder_hidden_states": TEXT}
         rotary = {"image_rotary_emb": (Cut(Part.VIDEO, dim=0), Cut(Part.TEXT, dim=0))}
         split.blocks(model.transformer_blocks, first, rotary, mask="encoder_hidden_states_mask")
         for block in model.transformer_blocks:
+            block.attn.set_processor(Joint(turned, text=True))
             split.share(block.attn)
         split.end(model.proj_out)
 
@@ -101,6 +104,11 @@ class QwenImage(Family):
 
     def decode(self, pipe: Any, latents: "Tensor") -> "Tensor":
         return pipe.vae.decode(unscaled(pipe.vae, latents), return_dict=False)[0]
+
+
+def _real(turns: "Tensor") -> "tuple[Tensor, Tensor]":
+    """Rotary tables of all heads, [tokens, D/2], of complex numbers, as cos and sin, [tokens, 1, D/2]."""
+    return turns.real[:, None].contiguous(), turns.imag[:, None].contiguous()
 
 
 FAMILY = QwenImage()

@@ -80,11 +80,6 @@ class Wan(Family):
 
         share(model, split)
 
-    def compile(self, transformer: Any) -> None:
-        from .wan_blocks import compile_blocks
-
-        compile_blocks(transformer)
-
     def encode(self, pipe: Any, text: str, limit: int) -> "tuple[Encoding, int]":
         from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 

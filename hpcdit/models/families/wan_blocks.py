@@ -1,9 +1,8 @@
-"""What stands in for parts of a Wan transformer: attention over several ranks, and what a GPU computes in one call."""
+"""What stands in for parts of a Wan transformer: attention over several ranks."""
 
 from typing import Any
 
 import torch
-from diffusers.models.activations import GELU
 from torch import Tensor
 
 from ..split import VIDEO, Split
@@ -100,32 +99,3 @@ class Cross:
     @torch.compiler.disable  # the kernels' libraries are not for tracing
     def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return self._split.sequence.attend_whole(q, k, v)
-
-
-class GeluProjection(torch.nn.Module):
-    """diffusers' GELU, a linear layer and the tanh approximation of GELU, as one matrix product on a GPU.
-
-    cuBLASLt applies bias and GELU to the sums before they are rounded and stored. On a CPU the operator is the exact
-    GELU, another function.
-    """
-
-    def __init__(self, proj: torch.nn.Linear) -> None:
-        super().__init__()
-        self.proj = proj
-
-    def forward(self, x: Tensor) -> Tensor:
-        rows = torch._addmm_activation(self.proj.bias, x.flatten(0, -2), self.proj.weight.t(), use_gelu=True)
-        return rows.unflatten(0, x.shape[:-1])
-
-
-def compile_blocks(transformer: Any) -> None:
-    """For a GPU: what torch.compile makes of the blocks, and what it does not fuse by itself.
-
-    GELU in halves, that is: how exactly cuBLASLt takes the tanh in float32 is not said.
-    """
-    for block in transformer.blocks:
-        first = block.ffn.net[0]
-        tanh = isinstance(first, GELU) and first.approximate == "tanh" and first.proj.bias is not None
-        if tanh and first.proj.weight.dtype in (torch.float16, torch.bfloat16):
-            block.ffn.net[0] = GeluProjection(first.proj)
-        block.compile(dynamic=False)
