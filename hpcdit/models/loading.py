@@ -36,8 +36,9 @@ class ModelShape:
     whether the text's tokens are attended together with the video's, in one sequence; beside: tokens of the
     text beside those of max_sequence_length; text: the only max_sequence_length that the model takes, 0 where it is
     free; only: the only height and width, where they are not free; most: the largest, where each has a table of its
-    own; before: latent frames that are denoised before those of the video, to make whole patches. classifier_free:
-    whether guidance takes two predictions. schedulers: the classes that it can be denoised by, () where that is not
+    own; before: latent frames that are denoised before those of the video, to make whole patches; least_steps: fewer
+    its pipeline has no noise levels for. classifier_free: whether guidance takes two predictions. schedulers: the
+    classes that it can be denoised by, () where that is not
     known. weights, vae_weights: numbers in all that is loaded but the VAE, and in the
     VAE, which stays in float32; layer_weights, largest_layer: in all layers of the transformers, and in the largest;
     encoder_weights: in the text encoders; 0 where there is no checkpoint.
@@ -62,6 +63,7 @@ class ModelShape:
     only: tuple[int, int] | None = None
     most: tuple[int, int] | None = None
     before: int = 0
+    least_steps: int = 1
     classifier_free: bool = True
     schedulers: tuple[str, ...] = field(default=(), compare=False)
     weights: int = field(default=0, compare=False)
@@ -98,10 +100,13 @@ class ModelShape:
         return self.latent_channels * math.prod(self.patch)
 
     def legal(
-        self, num_frames: int, height: int, width: int, max_sequence_length: int | None = None, scheduler: str = ""
-    ) -> None:
+        self, num_frames: int, height: int, width: int, max_sequence_length: int | None = None, scheduler: str = "",
+        steps: int | None = None,
+    ) -> None:  # fmt: skip
         """Raises InputError naming the first size that the model cannot make, and the nearest that it can; or a
-        scheduler that it is not denoised by."""
+        scheduler that it is not denoised by, or too few steps."""
+        if steps is not None and steps < self.least_steps:
+            raise InputError(f"steps: {steps}; allowed: {self.least_steps} or more, as of this model")
         if scheduler and self.schedulers and scheduler not in self.schedulers:
             raise InputError(f"scheduler: {scheduler}; allowed: {', '.join(self.schedulers)}, as of this model")
         if self.text and max_sequence_length not in (None, self.text):

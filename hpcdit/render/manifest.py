@@ -105,7 +105,7 @@ def fits(jobs: Iterable[Job], defaults: Sampling, shape: ModelShape) -> None:
             raise InputError(f"{job.where}: image: {what}; allowed: {'a path in each line' if shape.image else 'none'}")
         try:
             s = job.sampling
-            shape.legal(s.num_frames, s.height, s.width, s.max_sequence_length, s.scheduler)
+            shape.legal(s.num_frames, s.height, s.width, s.max_sequence_length, s.scheduler, s.steps)
         except InputError as error:
             key = str(error).partition(":")[0]
             own = getattr(job.sampling, key) != getattr(defaults, key)

@@ -114,7 +114,8 @@ def report(config: Config) -> str:
         jobs = read(Path(config.prompts), defaults)
         fits(jobs, defaults, model)
         sampling = [job.sampling for job in jobs]
-    model.legal(defaults.num_frames, defaults.height, defaults.width, scheduler=defaults.scheduler)
+    sides = defaults.height, defaults.width
+    model.legal(defaults.num_frames, *sides, scheduler=defaults.scheduler, steps=defaults.steps)
     if config.plan.videos:
         sampling = (sampling * config.plan.videos)[: config.plan.videos]
     keys, whose = planned_costs(config)

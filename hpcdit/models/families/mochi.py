@@ -57,17 +57,22 @@ class Mochi(Family):
     def sizes(self, folder: ModelFolder) -> dict[str, Any]:
         patch = folder.transformer["patch_size"]
         return dict(
-            latent_channels=CHANNELS, patch=(1, patch, patch), vae_temporal=TEMPORAL, vae_spatial=SPATIAL, joint=True
+            latent_channels=CHANNELS,
+            patch=(1, patch, patch),
+            vae_temporal=TEMPORAL,
+            vae_spatial=SPATIAL,
+            joint=True,
+            least_steps=2,  # half of them are its pipeline's linear ones, and it divides by their number
         )
 
     def split(self, model: Any, split: "Split") -> None:
-        from ..joint import Joint
+        from ..joint import Joint, turned
         from ..split import TEXT, VIDEO, Cut, Part
 
         first, rotary = {"hidden_states": VIDEO, "encoder_hidden_states": TEXT}, Cut(Part.VIDEO, dim=0)
         split.blocks(model.transformer_blocks, first, {"image_rotary_emb": rotary}, mask="encoder_attention_mask")
         for block in model.transformer_blocks:
-            block.attn1.processor = Joint(_turned)
+            block.attn1.processor = Joint(turned)
             split.share(block.attn1)
         split.end(model.proj_out)
 
@@ -81,15 +86,6 @@ class Mochi(Family):
             return pipe.vae.decode(latents / config.scaling_factor, return_dict=False)[0]
         mean, std = (latents.new_tensor(x).view(1, -1, 1, 1, 1) for x in (config.latents_mean, config.latents_std))
         return pipe.vae.decode(latents * std / config.scaling_factor + mean, return_dict=False)[0]
-
-
-def _turned(x: "Tensor", tables: "tuple[Tensor, Tensor]") -> "Tensor":
-    """As MochiAttnProcessor2_0 does it; tables: [tokens, H, D/2], since each head has its own."""
-    from torch import stack
-
-    cos, sin = tables
-    even, odd = x[..., 0::2].float(), x[..., 1::2].float()
-    return stack([(even * cos - odd * sin).to(x.dtype), (even * sin + odd * cos).to(x.dtype)], -1).flatten(-2)
 
 
 FAMILY = Mochi()
