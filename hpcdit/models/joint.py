@@ -1,4 +1,8 @@
-"""Joint attention of video and text, for families whose own processors do more than attend: they look at the mask."""
+"""Joint attention of video and text, for families whose own processors do more than attend.
+
+They look at the mask, which makes the host wait for the device, or turn by complex numbers, which torch.compile leaves
+as they are.
+"""
 
 from collections.abc import Callable
 from typing import Any
