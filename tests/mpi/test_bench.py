@@ -49,10 +49,9 @@ def test_scaling_goes_on_behind_what_fails(tmp_path: Path) -> None:
     assert bench.returncode == 1 and "scaling_groups.py: ended with" in said, said
     rows = list(read(path).values())
     failed = [row for row in rows if not row.seconds]
-    killed = [row for row in failed if row.note.startswith("ended with")]
-    assert len(killed) <= 1  # none if it died between two
-    assert {row.case for row in failed if row not in killed} == {f"L={10**13} H=8"}
-    assert all("allocate" in row.note for row in failed if row not in killed)
+    unfit = [row for row in failed if "allocate" in row.note]
+    assert {row.case for row in unfit} == {f"L={10**13} H=8"}
+    assert len(failed) - len(unfit) <= 1  # that of the rank that was killed, unless it died between two
     steps = {(row.ranks, row.asked) for row in rows if row.what == "step"}
     assert steps in ({(2, "auto"), (1, "auto"), (2, cfg)} for cfg in ("cfg 1", "cfg 2"))
     layouts = [(1, 1, "ulysses 1 x 1"), (2, 1, "ulysses 2 x 1"), (2, 1, "ring 1 x 2"), (2, 2, "torus 2 x 1")]

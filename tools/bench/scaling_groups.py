@@ -37,7 +37,7 @@ from hpcdit.render.memory import release
 
 T = TypeVar("T")
 
-HEAP_BYTES = 16 << 30  # attention of 128k tokens and 40 heads takes up to 11 GB on a rank
+HEAP_BYTES = 16 << 30  # of 128k tokens and 40 heads a rank's attention takes 11 GB at most, as the planner counts
 TIMED_S, MOST = 0.2, 50  # of calls that are timed, and as many before that are not: seconds, and calls at most
 LONG_S = 0.5  # from which on one call is enough
 LAYERS = 4, 1  # of a model that are timed, for a line to the whole: the smaller number while the GPU is warm
@@ -82,7 +82,7 @@ class Bench:
 
         make: what `measure` needs that takes no other rank: memory. What it raises on any rank becomes the row's note,
         and so does an InputError of `measure`, which is the same on all ranks. After any other error ranks wait for
-        each other in vain: the processes end.
+        each other in vain: the processes end, and the last to know of one has its say in the row.
         """
         if cell.key in self.done:
             return
@@ -94,6 +94,9 @@ class Bench:
             self.tell(measure(self.world.together(partial(_as_input, make), gpu.WHAT)))
         except InputError as error:
             self.tell(replace(cell, note=str(error)))
+        except Exception as error:
+            rows.add(self.args.csv, replace(cell, note=_said(error)))
+            raise
         if self.ours.device.cuda:
             torch._dynamo.reset()
         release()
@@ -132,7 +135,11 @@ def _as_input(make: Callable[[], T]) -> T:
     try:
         return make()
     except Exception as error:
-        raise InputError(shorten(f"{type(error).__name__}: {error}", 150)) from error
+        raise InputError(_said(error)) from error
+
+
+def _said(error: Exception) -> str:
+    return shorten(f"{type(error).__name__}: {error}", 150)
 
 
 # Steps

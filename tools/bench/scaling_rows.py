@@ -139,7 +139,7 @@ def settle(path: Path, why: str) -> None:
 
 def alone(rows: Sequence[Row], row: Row) -> Row | None:
     """The row of one rank that `row` is compared with."""
-    same = (r for r in rows if (r.what, r.case, r.ranks) == (row.what, row.case, 1) and r.seconds and r.ours)
+    same = (r for r in rows if (r.what, r.case, r.ranks) == (row.what, row.case, 1) and r.seconds)
     return min(same, key=lambda r: r.asked != AUTO, default=None)
 
 
