@@ -38,12 +38,12 @@ def test_scaling_goes_on_behind_what_fails(tmp_path: Path) -> None:
         command, cwd=ROOT, env={**os.environ, MARK: mark}, stderr=subprocess.PIPE, text=True
     ) as bench:
         try:
-            end = time.monotonic() + 90
+            end = time.monotonic() + 120
             while not any(row.what == "attention" for row in read(path).values()) and time.monotonic() < end:
                 time.sleep(0.02)
             rank = next(each for each in marked(mark) if each.rank == 1)
             os.kill(rank.pid, signal.SIGKILL)  # as the kernel does when memory is short
-            said = bench.communicate(timeout=120)[1]
+            said = bench.communicate(timeout=240)[1]
         finally:
             kill_all(mark)
     assert bench.returncode == 1 and "scaling_groups.py: ended with" in said, said

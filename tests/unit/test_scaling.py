@@ -90,3 +90,12 @@ def test_ranks_that_hang_are_ended(quiet: bool, tmp_path: Path) -> None:
     for rank in "01":
         pid = int((tmp_path / rank).read_text())
         assert subprocess.run(["ps", "-p", str(pid), "-o", "args="], capture_output=True).stdout == b""
+
+
+@pytest.mark.parametrize("words", [("--ranks", "6"), ("--only", "step"), ("--sizes", "720p"), ("--csv", __file__)])
+def test_bad_input_is_one_line(words: tuple[str, str], tmp_path: Path) -> None:
+    program = Path(__file__).parents[2] / "tools/bench/scaling.py"
+    ended = subprocess.run([sys.executable, program, *words], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    (line,) = ended.stderr.splitlines()
+    assert ended.returncode == 2 and line.startswith(f"scaling: {words[0]}: ") and "allowed: " in line
+    assert not list(tmp_path.iterdir())

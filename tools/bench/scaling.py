@@ -59,8 +59,11 @@ def checked(args: argparse.Namespace) -> list[str]:
     return [part for part in parts if part != "batch" or args.videos > 0]
 
 
-def groups(args: argparse.Namespace, parts: Sequence[str], limit_s: float, last: float) -> None:
-    """Steps and attention. What was under way when processes ended is left out by the next, which do the rest."""
+def groups(args: argparse.Namespace, parts: Sequence[str], limit_s: float, last: float) -> bool:
+    """Steps and attention. What was under way when processes ended is left out by the next, which do the rest.
+
+    False: the input was bad, as they have said.
+    """
     end, rows = time.monotonic() + limit_s, args.csv
     for _ in range(STARTS):
         command = [str(BIN / "mpirun"), "-n", str(args.ranks), sys.executable, str(HERE / "scaling_groups.py")]
@@ -70,11 +73,14 @@ def groups(args: argparse.Namespace, parts: Sequence[str], limit_s: float, last:
         before = len(scaling_rows.read(rows))
         why = watched([*command, *["--small"] * args.small], min(end + OVER_S, last), rows, QUIET_S)
         scaling_rows.settle(rows, why)
+        if why == f"ended with {InputError.exit_code}":
+            return False
         if not why:
-            return
+            break
         print(f"scaling_groups.py: {why}", file=sys.stderr)
         if len(scaling_rows.read(rows)) == before or time.monotonic() > end:
-            return  # it would fail in the same way again
+            break  # it would fail in the same way again
+    return True
 
 
 def batch(args: argparse.Namespace, folder: Path, end: float, last: float) -> None:
@@ -135,9 +141,10 @@ def main(words: Sequence[str] | None = None) -> int:
         scaling_rows.write(args.csv, there)
     except (InputError, OSError) as error:
         print(f"scaling: {error}", file=sys.stderr)
-        return 2
-    if grouped := [part for part in parts if part != "batch"]:
-        groups(args, grouped, args.limit_s * (1 - BATCH * ("batch" in parts)), last)
+        return InputError.exit_code
+    grouped = [part for part in parts if part != "batch"]
+    if grouped and not groups(args, grouped, args.limit_s * (1 - BATCH * ("batch" in parts)), last):
+        return InputError.exit_code
     if "batch" in parts:
         with tempfile.TemporaryDirectory() as name:
             batch(args, Path(name), start + args.limit_s, last)
