@@ -5,9 +5,9 @@ stand. What the planner takes depends on the nodes, by what links cost that it m
 """
 
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 import attention_gpu_ours as own
@@ -91,17 +91,17 @@ class Picker:
 
 @dataclass(frozen=True)
 class Layers:
-    """Layers on groups of one size, whose ranks `transport` joins."""
+    """Layers on groups of one size, whose ranks `transport` joins. picker: measures, the first time it is called."""
 
     bench: "Bench"
-    picker: Picker
+    picker: Callable[[], Picker]
     transport: Transport
 
     def row(self, shape: Shape, cell: Row, layout: Layout | None, qkv: dict[str, Tensor]) -> Row:
         """layout: None: the planner's."""
         predicted = None
         if layout is None:
-            layout, predicted = self.picker(shape, cell.ranks, cell.nodes)
+            layout, predicted = self.picker()(shape, cell.ranks, cell.nodes)
         same = (cell.what, cell.case, cell.ranks, str(layout))
         known = (row.seconds for row in self.bench.done.values() if (row.what, row.case, row.ranks, row.plan) == same)
         seconds = next((found for found in known if found), None) or self._seconds(shape, layout, qkv)
@@ -120,7 +120,7 @@ class Layers:
 
 def ours(bench: "Bench") -> None:
     """Each number of ranks, for all nodes that they can stand for."""
-    picker = Picker.measured(bench)
+    picker = cache(partial(Picker.measured, bench))
     for n in bench.turns:
         group = bench.world.part(bench.world.size // n)
         cluster = Cluster(group)
@@ -139,6 +139,9 @@ def rivals(bench: "Bench") -> None:
     """yunchang's USP over NCCL with the quickest kernel, where there are GPUs and it is installed."""
     if not bench.ours.device.cuda or importlib.util.find_spec("yunchang") is None:
         gpu.say(bench.world, "no rivals: those are yunchang's, which is not installed, or has no GPUs here")
+        return
+    if bench.over():
+        gpu.say(bench.world, "no time was left for yunchang's; the same command goes on with them")
         return
     gpu.nccl(bench.world, bench.ours.device.torch)
     name, attend = list(gpu.kernels().items())[-1]

@@ -86,7 +86,7 @@ class Bench:
         """
         if cell.key in self.done:
             return
-        if self.world.largest(time.monotonic() > self.end, gpu.WHAT):
+        if self.over():
             self.late += 1
             return
         self.tell(replace(cell, note=BEGUN))
@@ -100,6 +100,10 @@ class Bench:
         if self.ours.device.cuda:
             torch._dynamo.reset()
         release()
+
+    def over(self) -> bool:
+        """Whether the time is up. Collective over the world."""
+        return bool(self.world.largest(time.monotonic() > self.end, gpu.WHAT))
 
     def tell(self, row: Row) -> None:
         """Notes a row, and writes it by the world's first rank."""
