@@ -1,5 +1,6 @@
 """What scaling.py makes of its rows, and how it ends what hangs."""
 
+import signal
 import subprocess
 import sys
 import time
@@ -74,22 +75,39 @@ def test_a_command_that_ends_is_waited_for() -> None:
     assert watched([sys.executable, "-c", "exit(3)"], time.monotonic() + 60) == "ended with 3"
 
 
-@pytest.mark.parametrize("quiet", [False, True])
-def test_ranks_that_hang_are_ended(quiet: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", ["late", "quiet", "asked"])
+def test_ranks_that_hang_are_ended(how: str, tmp_path: Path) -> None:
     ranks = (
         "import os, pathlib, signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN);"
         "pathlib.Path(os.environ['PMI_RANK']).write_text(str(os.getpid())); time.sleep(600)"
     )
     progress = tmp_path / "progress"
     progress.touch()
-    mpirun = [str(Path(sys.executable).parent / "mpirun"), "-n", "2", "-wdir", str(tmp_path)]
+    mpirun = [
+        str(Path(sys.executable).parent / "mpirun"),
+        "-n",
+        "2",
+        "-wdir",
+        str(tmp_path),
+        sys.executable,
+        "-c",
+        ranks,
+    ]
     start = time.monotonic()
-    end = start + (60 if quiet else 4)
-    why = watched([*mpirun, sys.executable, "-c", ranks], end, progress, 4 if quiet else 60)
-    assert why == ("nothing was heard of it for 4 s" if quiet else "the time was up") and time.monotonic() - start < 30
+    if how == "asked":
+        watching = f"from tools.bench.watched import watched; watched({mpirun}, {start + 60})"
+        with subprocess.Popen([sys.executable, "-c", watching]) as process:
+            time.sleep(4)
+            process.terminate()
+        assert process.returncode == 128 + signal.SIGTERM
+    else:
+        limits = {"late": (4, 60), "quiet": (60, 4)}[how]
+        why = watched(mpirun, start + limits[0], progress, limits[1])
+        assert why == {"late": "the time was up", "quiet": "nothing was heard of it for 4 s"}[how]
+    assert time.monotonic() - start < 30
     for rank in "01":
-        pid = int((tmp_path / rank).read_text())
-        assert subprocess.run(["ps", "-p", str(pid), "-o", "args="], capture_output=True).stdout == b""
+        pid = (tmp_path / rank).read_text()
+        assert subprocess.run(["ps", "-p", pid, "-o", "args="], capture_output=True).stdout == b""
 
 
 @pytest.mark.parametrize("words", [("--ranks", "6"), ("--only", "step"), ("--sizes", "720p"), ("--csv", __file__)])

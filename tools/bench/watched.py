@@ -1,6 +1,8 @@
 """A command that may hang, with an end."""
 
+import signal
 import subprocess
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,9 +13,10 @@ GOING_S = 2.0  # for ranks to be gone whose launcher was killed, and with them w
 def watched(command: Sequence[str], end: float, progress: Path | None = None, quiet_s: float = 0.0) -> str:
     """Why a command did not end well; "" where it did. It is ended at `end`, of time.monotonic.
 
-    progress: a file; also where that does not change for `quiet_s`.
+    progress: a file; also where that does not change for `quiet_s`. Nor does it outlive this process if that is asked
+    to end. For the main thread.
     """
-    why = ""
+    why, before = "", signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     process = subprocess.Popen(command)
     try:
         while process.poll() is None and not why:
@@ -27,4 +30,5 @@ def watched(command: Sequence[str], end: float, progress: Path | None = None, qu
             process.kill()  # of the launcher: its proxy then kills the ranks, which would not hear of anything less
             process.wait()
             time.sleep(GOING_S)
+        signal.signal(signal.SIGTERM, before)
     return why or (f"ended with {process.returncode}" if process.returncode else "")
