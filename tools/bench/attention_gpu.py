@@ -276,7 +276,7 @@ def body(args: argparse.Namespace, world: World) -> None:
         ways = [*pure(layer, kernels, making, transport, made), *rivals(layer, modules)]
         picked = ""
         if transport is not None and making is not None and costs is not None:
-            auto, seconds = own.pick(cluster, costs, layer.shape)
+            auto, seconds = own.pick(cluster.nodes, costs, layer.shape)
             picked = f"; auto: {auto}, {seconds * 1e3:.3f} ms by the model"
             ways += hpcdit(layer, transport, making, list(dict.fromkeys([*wanted, auto])), made)
         ways = [way for way in ways if not way.whole or not any(word in way.name for word in left_out)]

@@ -1,7 +1,7 @@
 """hpcdit's own attention for attention_gpu.py: the one place that knows how it is set up on GPUs."""
 
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -116,12 +116,15 @@ def moving(transport: Transport, q: Tensor) -> Exchange:
     return transport.exchange(probe(range(transport.size), nbytes))
 
 
-def pick(cluster: Cluster, costs: Costs, shape: Shape) -> tuple[Layout, float]:
-    """What parallel.method=auto would take for such layers, and the seconds of a layer that it counts on."""
+def pick(nodes: Sequence[int], costs: Costs, shape: Shape, itemsize: int = 2) -> tuple[Layout, float]:
+    """What parallel.method=auto would take for such layers, and the seconds of a layer that it counts on.
+
+    nodes: of each rank; itemsize: bytes of a number.
+    """
     width = shape.heads * shape.dim
-    work = Workload(shape.length, shape.heads, shape.dim, 1, 4 * width, itemsize=2)
-    plan = plan_group(work, cluster.nodes, costs)
-    return plan.layout, timeline(plan, work, costs, cluster.nodes)[1].seconds
+    work = Workload(shape.length, shape.heads, shape.dim, 1, 4 * width, itemsize=itemsize)
+    plan = plan_group(work, nodes, costs)
+    return plan.layout, timeline(plan, work, costs, nodes)[1].seconds
 
 
 def measured(cluster: Cluster, transport: Transport, dtype: torch.dtype, dim: int) -> Costs:

@@ -25,10 +25,12 @@ class Model:
 MODELS = {"14b": Model(40, 13824, 40, 4), "1.3b": Model(12, 8960, 30, 6)}
 
 
-def transformer(model: Model, layers: int, device: torch.device, all_bf16: bool = False) -> Any:
+def transformer(
+    model: Model, layers: int, device: torch.device, all_bf16: bool = False, dtype: torch.dtype = torch.bfloat16
+) -> Any:
     """So many layers of a model, made on the device: the same weights on every rank and in every variant."""
     torch.manual_seed(0)
-    torch.set_default_dtype(torch.bfloat16)
+    torch.set_default_dtype(dtype)
     try:
         with device:
             made: Any = WanTransformer3DModel(

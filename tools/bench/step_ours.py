@@ -128,7 +128,8 @@ class Ours:
         of, guided = transformer.config, negative is not None
         work = Workload(
             tokens, of.num_attention_heads, of.attention_head_dim, of.num_layers, of.ffn_dim, videos=replicas,
-            guided=guided, itemsize=2, latents=noise.numel(), out_channels=transformer.proj_out.out_features,
+            guided=guided, itemsize=self.dtype.itemsize, latents=noise.numel(),
+            out_channels=transformer.proj_out.out_features,
             weights=sum(parameter.numel() for parameter in transformer.parameters()),
         )  # fmt: skip
         encoding = None if negative is None else {"prompt_embeds": negative}
