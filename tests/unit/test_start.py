@@ -74,3 +74,10 @@ def test_files_never_get_the_numbers_of_streams_that_were_closed(tmp_path: Path)
     )
     ended = shell(f'-c "{code}" {shlex.quote(str(tmp_path / "x"))} <&- >&- 2>&-')
     assert (ended.returncode, (tmp_path / "x").read_text()) == (0, "True")
+
+
+def test_of_several_modes_the_last_counts(capsys: pytest.CaptureFixture[str]) -> None:
+    assert app.main(["mode=plan", "mode=report", "output.dir=nowhere"]) == 2
+    assert "no report" in capsys.readouterr().err
+    assert app.main(["mode=report", "mode=plan"]) == 0
+    assert "Chosen: " in capsys.readouterr().out
