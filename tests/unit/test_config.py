@@ -89,6 +89,8 @@ def test_a_family_without_defaults_wants_every_key() -> None:
     config = loaded("model.path=/models/x", "sampling.num_frames=9")
     with pytest.raises(InputError, match=r"sampling\.height: must be given"):
         resolve_sampling(config, "unheard-of")
+    with pytest.raises(InputError, match=r"height: must be given, the model has no default for it"):
+        resolve_sampling(config, "")
 
 
 def test_a_model_group_other_than_the_demo_needs_a_folder() -> None:
@@ -165,6 +167,7 @@ REFUSED: dict[str, tuple[Any, ...]] = {  # arguments, and what the line must hol
     "unknown key": (["steps=20"], "steps: unknown key", "did you mean sampling.steps?"),
     "misspelt key": (["sampling.stepz=3"], "sampling.stepz: unknown key", "did you mean sampling.steps?"),
     "added key": (["+sampling.more=3"], "sampling.more: unknown key"),
+    "removed group": (["~model"], "model.dtype=null: must be float32, bfloat16 or float16"),
     "removed key": (["~transport.timeout_s"], "transport.timeout_s=null: must be a number, more than 0"),
     "unknown option": (
         ["model=foo"],
@@ -306,6 +309,9 @@ def test_help_names_every_key_and_the_groups(capsys: pytest.CaptureFixture[str],
     text = capsys.readouterr().out
     missing = [key for key in RULES if not key.startswith(("model.sampling.", "model.shape.")) and key not in text]
     assert missing == []
+    described = {words[0]: line for line in text.splitlines() if (words := line.split())}
+    short = {key: rule.choices for key, rule in RULES.items() if key in described and "true" not in rule.choices}
+    assert [(key, word) for key, words in short.items() for word in words if word not in described[key]] == []
     assert "model: cogvideox, demo, demo-image, flux, hunyuanvideo, hunyuanvideo15, ltx, mochi, qwenimage, wan" in text
     assert list(empty_folder.iterdir()) == []
 
