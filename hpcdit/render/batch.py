@@ -147,12 +147,16 @@ def check_output(folder: Path, need: int) -> None:
                 os.close(os.open(folder / name, os.O_WRONLY | os.O_NOFOLLOW | os.O_NONBLOCK))
         free = shutil.disk_usage(place).free
     except OSError as error:
-        raise InputError(f"output.dir={folder}: cannot be written: {error.filename}: {error.strerror}") from None
+        raise _unwritable(folder, error) from None
     if free < need:
         raise InputError(
             f"output.dir={folder}: the videos may need {need / 1e9:.3g} GB, {free / 1e9:.3g} GB are free on that disk;"
             " allowed: a disk with more room, or fewer or smaller videos"
         )
+
+
+def _unwritable(folder: Path, error: OSError) -> InputError:
+    return InputError(f"output.dir={folder}: cannot be written: {error.filename}: {error.strerror}")
 
 
 def _try_folder(there: Path) -> None:
@@ -180,8 +184,12 @@ def output_folder(folder: Path, shared: bool = False) -> Iterator[Path]:
     videos = folder / "videos"
     made = [place for place in (videos, *videos.parents) if not os.path.lexists(place)]
     fresh = [folder / name for name in FILES if not (shared or os.path.lexists(folder / name))]
-    videos.mkdir(parents=True, exist_ok=True)
-    with open(folder / LOCK, "w", opener=lambda path, flags: os.open(path, flags | os.O_NOFOLLOW, 0o666)) as lock:
+    try:  # once more: the disk may have filled, or gone, since `check_output` looked
+        videos.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder / LOCK, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        raise _unwritable(folder, error) from None
+    with open(descriptor, "w") as lock:
         _hold(lock, folder, shared)
         for place in (folder, videos):
             atomic.clean(place)

@@ -86,6 +86,13 @@ def test_a_file_where_a_folder_is_wanted_is_refused(name: str, out: Path) -> Non
     assert refusal(out).endswith(f"{out / name}: not a folder")
 
 
+@pytest.mark.parametrize("name", ["videos", batch.LOCK])
+def test_a_folder_that_can_no_longer_be_made_when_the_run_begins_is_one_line(name: str, out: Path) -> None:
+    (out / name).symlink_to("nowhere")  # as good as a disk that filled meanwhile
+    with pytest.raises(InputError, match=rf"output\.dir={out}: cannot be written: {out / name}: "):
+        output_folder(out).__enter__()
+
+
 @pytest.mark.parametrize("name", batch.FILES)
 def test_a_pipe_where_a_file_is_to_be_written_does_not_hang(name: str, out: Path) -> None:
     os.mkfifo(out / name)
