@@ -87,7 +87,7 @@ def prepare(config: Config, nodes: Sequence[int]) -> Batch:
     check_links(Path(config.output.dir))
     left, done = resume(config, folder, jobs)
     todo = tuple(job for job in left if config.queue.mine(job.index))
-    check_output(Path(config.output.dir), estimate_bytes(todo))
+    check_output(Path(config.output.dir), estimate_bytes(todo, config.trace.level > 0))
     return Batch(folder, todo, done, tuple(job for job in left if not config.queue.mine(job.index)))
 
 
@@ -151,7 +151,7 @@ def check_output(folder: Path, need: int) -> None:
     if free < need:
         raise InputError(
             f"output.dir={folder}: the videos may need {need / 1e9:.3g} GB, {free / 1e9:.3g} GB are free on that disk;"
-            " allowed: a disk with more room, or fewer or smaller videos"
+            " allowed: a disk with more room, fewer or smaller videos, or trace.level=0 (a trace may take 2 MiB and more)"
         )
 
 
