@@ -151,7 +151,7 @@ def check_output(folder: Path, need: int) -> None:
     if free < need:
         raise InputError(
             f"output.dir={folder}: the videos may need {need / 1e9:.3g} GB, {free / 1e9:.3g} GB are free on that disk;"
-            " allowed: a disk with more room, fewer or smaller videos, or trace.level=0 (a trace may take 2 MiB and more)"
+            " allowed: a disk with more room, fewer or smaller videos, or trace.level=0 (a trace may take some MiB)"
         )
 
 

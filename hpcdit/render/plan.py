@@ -20,6 +20,8 @@ from ..planner.search import plan_batch
 from ..planner.workload import Workload
 from .manifest import fits, read
 
+FLOAT32_TFLOPS = 100  # more than any GPU makes of products in float32
+NOT_FLOAT32 = "The costs are of 16-bit numbers, float32 takes far longer: model.dtype=bfloat16, or your cluster.costs."
 ENCODERS_APART = "The text encoders stay on the host, and are brought in parts while they encode: else nothing fits."
 
 
@@ -125,7 +127,10 @@ def report(config: Config) -> str:
     held = shelves(config.model.layers, nodes, devices)
     work = workload(model, sampling, config.model.dtype, config.parallel.batch, held)
     best, work = plan_fitting(work, nodes, costs, fixed(config.parallel), devices)
-    return "\n".join([_head(config, work, count, per_node, whose), *_chosen(best, work, costs, nodes)])
+    head = _head(config, work, count, per_node, whose)
+    if config.model.dtype == "float32" and max(keys["attention_tflops"], keys["matmul_tflops"]) > FLOAT32_TFLOPS:
+        head += f"{NOT_FLOAT32}\n"
+    return "\n".join([head, *_chosen(best, work, costs, nodes)])
 
 
 def _head(config: Config, work: Workload, nodes: int, per_node: int, whose: str) -> str:

@@ -10,7 +10,7 @@ import pytest
 
 from hpcdit.app import main
 from hpcdit.config import load, resolve_sampling
-from hpcdit.render.plan import report, workload
+from hpcdit.render.plan import NOT_FLOAT32, report, workload
 from tests.unit.test_shape import WAN
 
 BIG = ("mode=plan", "model=wan2.1-14b", "model.dtype=bfloat16", "sampling.height=720", "sampling.width=1280")
@@ -47,6 +47,14 @@ def test_one_s_own_figures_change_the_plan() -> None:
     assert slow.splitlines()[1:] != quick.splitlines()[1:]
     (chosen,) = [line for line in slow.splitlines() if line.startswith("> ")]
     assert "4 replicas" in chosen
+
+
+def test_a_plan_says_when_its_costs_are_of_smaller_numbers_than_the_model_s() -> None:
+    said = NOT_FLOAT32
+    assert said in planned("model=wan2.1-14b", "cluster=one-node")
+    assert said not in planned(*BIG, "cluster=one-node")
+    own = ("cluster.costs.attention_tflops=40", "cluster.costs.matmul_tflops=50")
+    assert said not in planned("model=wan2.1-14b", "cluster=one-node", *own)
 
 
 def test_the_batch_is_the_prompts_file_s_or_as_large_as_is_said(tmp_path: Path) -> None:
