@@ -54,7 +54,9 @@ def workload(
     def length(s: Sampling) -> int:
         return model.length(s.num_frames, s.height, s.width, s.max_sequence_length)
 
-    largest = max(sampling, key=lambda s: (length(s), s.steps))
+    # Of a hundred thousand videos few differ in more than their seeds.
+    sizes_of = {(s.num_frames, s.height, s.width, s.max_sequence_length, s.steps): s for s in sampling}
+    largest = max(sizes_of.values(), key=lambda s: (length(s), s.steps))
     sizes = largest.num_frames, largest.height, largest.width
     return Workload(
         tokens=length(largest),
@@ -116,9 +118,11 @@ def report(config: Config) -> str:
         jobs = read(Path(config.prompts), defaults)
         fits(jobs, defaults, model)
         sampling = [job.sampling for job in jobs]
-    model.legal(defaults.num_frames, defaults.height, defaults.width, scheduler=defaults.scheduler)
-    if config.plan.videos:
-        sampling = (sampling * config.plan.videos)[: config.plan.videos]
+    try:
+        model.legal(defaults.num_frames, defaults.height, defaults.width, scheduler=defaults.scheduler)
+    except InputError as error:
+        raise InputError(f"sampling.{error}") from None
+    sampling = sampling[: config.plan.videos]
     keys, whose = planned_costs(config)
     costs = to_costs(keys)
     count, per_node = config.cluster.nodes or 1, config.cluster.ranks_per_node or 1
@@ -126,6 +130,7 @@ def report(config: Config) -> str:
     devices = config.model.device != "cpu"
     held = shelves(config.model.layers, nodes, devices)
     work = workload(model, sampling, config.model.dtype, config.parallel.batch, held)
+    work = replace(work, videos=config.plan.videos or work.videos)
     best, work = plan_fitting(work, nodes, costs, fixed(config.parallel), devices)
     head = _head(config, work, count, per_node, whose)
     if config.model.dtype == "float32" and max(keys["attention_tflops"], keys["matmul_tflops"]) > FLOAT32_TFLOPS:

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -66,6 +67,12 @@ def test_the_batch_is_the_prompts_file_s_or_as_large_as_is_said(tmp_path: Path) 
     assert "demo, float32: 1 video of 324 tokens" in planned()
 
 
+def test_a_plan_of_a_million_videos_takes_no_longer() -> None:
+    start = time.process_time()
+    assert "1000000 videos of 324 tokens" in planned("plan.videos=1000000")
+    assert time.process_time() - start < 3
+
+
 def test_a_batch_is_planned_for_its_largest_video() -> None:
     config = load(["mode=plan", "model=wan2.1-14b"])
     assert config is not None
@@ -79,6 +86,7 @@ def test_a_batch_is_planned_for_its_largest_video() -> None:
 def test_what_cannot_be_planned_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert "cluster=9x9: no such option" in refused(capsys, "mode=plan", "cluster=9x9")
     assert "their product must be the 32 ranks" in refused(capsys, *BIG, "cluster=4x8-h100", "parallel.ulysses=3")
+    assert "hpcdit: sampling.num_frames: 34 is a size" in refused(capsys, "mode=plan", "sampling.num_frames=34")
     assert "no layout fits" in refused(capsys, *BIG, "cluster=4x8-a100", "cluster.costs.memory_gb=20")
     assert "parallel.replicas=3" in refused(capsys, *BIG, "cluster=4x8-h100", "parallel.replicas=3")
     assert "parallel.groups=41" in refused(capsys, *BIG, "cluster=4x8-h100", "parallel.groups=41")

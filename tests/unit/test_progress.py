@@ -126,6 +126,6 @@ def test_what_other_runs_have_made_is_told_apart_and_counts_in_what_is_left(
     report.close()
     notes.summary(tmp_path, report, there=1, most_failures=None)
     assert capsys.readouterr().out.startswith(
-        "hpcdit: 1 videos done in 5 min 8 s, 1 were there, 3 done by other runs, 1 failed in other runs (see job.h5),"
+        "hpcdit: 1 video done in 5 min 8 s, 1 were there, 3 done by other runs, 1 failed in other runs (see job.h5),"
         " 1 left to runs that are at work"
     )
