@@ -79,6 +79,12 @@ def compose(
     if "--version" in argv:
         say(f"hpcdit {__version__} (Hydra {version('hydra-core')})", sys.stdout)
         return None
+    try:
+        os.getcwd()
+    except OSError as error:
+        raise InputError(
+            f"the folder that this was started in is gone ({error.strerror}): change into another"
+        ) from None
     # argparse wants positional arguments in one piece; people add an override wherever they are.
     overrides = [_as_text(arg, text_keys) for arg in argv if _is_override(arg)]
     argv = [*overrides, *(arg for arg in argv if not _is_override(arg))]

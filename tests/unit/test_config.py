@@ -259,6 +259,22 @@ REFUSED: dict[str, tuple[Any, ...]] = {  # arguments, and what the line must hol
 }
 
 
+def test_a_working_folder_that_is_gone_is_one_line(tmp_path: Path) -> None:
+    code = (
+        "import os; from hpcdit.config import load; os.mkdir('x'); os.chdir('x'); os.rmdir('../x')\n"
+        "try: load([])\nexcept Exception as error: print(repr(error))"
+    )
+    root = str(Path(__file__).resolve().parents[2])
+    ended = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": root},
+        text=True,
+        capture_output=True,
+    )
+    assert ended.stdout.startswith("InputError('the folder that this was started in is gone"), ended.stderr
+
+
 @pytest.mark.parametrize("case", REFUSED)
 def test_bad_input_is_one_line_that_names_it(case: str, empty_folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     argv, *parts = REFUSED[case]
