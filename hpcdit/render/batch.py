@@ -127,7 +127,11 @@ def check_compression(way: str) -> None:
 def check_links(folder: Path) -> None:
     """Raises InputError where something in the output folder leads out of it; the folder itself may be a link."""
     for name in (*FILES, "videos", CLAIMS, CHECKPOINTS):
-        if (folder / name).is_symlink():
+        try:
+            link = (folder / name).is_symlink()
+        except OSError as error:  # a folder of somebody else's, on the way there
+            raise _unwritable(folder, error) from None
+        if link:
             raise InputError(
                 f"output.dir={folder}: {folder / name} is a symbolic link; allowed: one for the output folder itself"
             )
@@ -160,10 +164,11 @@ def _unwritable(folder: Path, error: OSError) -> InputError:
 
 
 def _try_folder(there: Path) -> None:
-    """Raises OSError unless files can be made in `there`."""
+    """Raises OSError unless files can be made in `there`, and seen."""
     if not there.is_dir():
         raise NotADirectoryError(errno.ENOTDIR, "not a folder", str(there))
     try:
+        os.scandir(there).close()  # else finished videos would count as missing
         with tempfile.TemporaryFile(dir=there) as probe:
             probe.write(b"\0")
             probe.flush()

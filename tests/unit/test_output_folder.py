@@ -95,6 +95,21 @@ def test_videos_without_traces_want_less_of_the_disk(out: Path, monkeypatch: pyt
     assert config is not None and len(prepare(config, [0]).todo) == 1
 
 
+@pytest.mark.parametrize("where, name, blamed", [(Path, "is_symlink", batch.LOCK), (os, "scandir", "")])
+def test_a_folder_that_may_not_be_looked_into_is_one_line(
+    where: object, name: str, blamed: str, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = getattr(where, name)
+
+    def denied(path: Path) -> object:
+        if out in (path, path.parent):
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(where, name, denied)  # modes do not keep root out
+    assert refusal(out) == f"output.dir={out}: cannot be written: {out / blamed}: Permission denied"
+
+
 @pytest.mark.parametrize("name", ["videos", batch.LOCK])
 def test_a_folder_that_can_no_longer_be_made_when_the_run_begins_is_one_line(name: str, out: Path) -> None:
     (out / name).symlink_to("nowhere")  # as good as a disk that filled meanwhile
