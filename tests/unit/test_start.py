@@ -1,6 +1,7 @@
 """What the program sets before anything is imported."""
 
 import gc
+import io
 import shlex
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import pytest
 
 from hpcdit import app
 from hpcdit.__main__ import work
+from hpcdit.terminal import say
 
 
 @pytest.fixture
@@ -65,6 +67,12 @@ def shell(line: str) -> subprocess.CompletedProcess[str]:
 def test_nothing_breaks_where_nobody_can_read_what_is_said(line: str, code: int) -> None:
     ended = shell(f"-m hpcdit {line}")
     assert (ended.returncode, ended.stdout, ended.stderr) == (code, "", "")
+
+
+def test_a_stream_without_a_letter_gets_its_number() -> None:
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="latin-1")
+    say("out/\xfc\u5706", stream)
+    assert stream.buffer.getvalue() == b"out/\xfc\\u5706\n"
 
 
 def test_files_never_get_the_numbers_of_streams_that_were_closed(tmp_path: Path) -> None:
