@@ -11,7 +11,20 @@ from . import guard, leftovers
 
 def main() -> NoReturn:
     """Runs the program under its guard."""
+    open_streams()
     guard.run(work)
+
+
+def open_streams() -> None:
+    """Leads standard streams that were closed (by cron, a daemon, `>&-`) to nowhere.
+
+    Else the next files that are opened, a video's perhaps, get their numbers, and what libraries print goes there.
+    """
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) < 3:
+        os.set_inheritable(descriptor, True)
+    os.close(descriptor)
+    sys.stdout = sys.stdout or os.fdopen(1, "w")
+    sys.stderr = sys.stderr or os.fdopen(2, "w")
 
 
 def work(tell_guard: Callable[[float], None]) -> int:

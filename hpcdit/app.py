@@ -29,7 +29,8 @@ def main(argv: Sequence[str] | None = None, tell_guard: Callable[[float], None] 
         "mode=plan": plan,
         "mode=report": report,
     }  # need no MPI: clusters are planned, jobs looked at on any laptop
-    if mode := next((words for words in alone if words in argv), None):
+    mode = next((words for words in reversed(argv) if words.startswith("mode=")), "")  # the last counts, as in Hydra
+    if mode in alone:
         return _say(lambda: alone[mode](argv), first=launched_rank() == 0)
     try:
         from .cluster import World, finalize

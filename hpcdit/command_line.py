@@ -28,6 +28,7 @@ from yaml import YAMLError
 
 from hpcdit import __version__
 from hpcdit.errors import InputError
+from hpcdit.terminal import say
 
 ONE_RUN = "use one command for each run (or an array job): a run here is one batch over all ranks"
 
@@ -76,8 +77,14 @@ def compose(
     Raises InputError.
     """
     if "--version" in argv:
-        print(f"hpcdit {__version__} (Hydra {version('hydra-core')})")
+        say(f"hpcdit {__version__} (Hydra {version('hydra-core')})", sys.stdout)
         return None
+    try:
+        os.getcwd()
+    except OSError as error:
+        raise InputError(
+            f"the folder that this was started in is gone ({error.strerror}): change into another"
+        ) from None
     # argparse wants positional arguments in one piece; people add an override wherever they are.
     overrides = [_as_text(arg, text_keys) for arg in argv if _is_override(arg)]
     argv = [*overrides, *(arg for arg in argv if not _is_override(arg))]
@@ -129,15 +136,14 @@ def _process_state(argv: Sequence[str]) -> Iterator[None]:
 @contextlib.contextmanager
 def _as_input_errors(choices: Mapping[str, Collection[str]]) -> Iterator[None]:
     """Inside, whatever argparse, Hydra or OmegaConf complain of is raised as one InputError line."""
-    said = io.StringIO()
+    printed, said = io.StringIO(), io.StringIO()
     try:
-        with contextlib.redirect_stderr(said):
+        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(said):
             yield
     except SystemExit as end:
         if end.code not in (0, None):  # argparse: its last line is the reason
             reason = said.getvalue().strip().rpartition("error: ")[2]
             raise InputError(f"{one_line(reason, 120)}; see --help") from None
-        return
     except OverrideParseException as error:
         hint = "write key=value, with quotes around a value that holds any of , = : ( ) [ ] { } or spaces"
         raise InputError(f"{shown(error.override)}: not understood, {hint}") from None
@@ -151,7 +157,9 @@ def _as_input_errors(choices: Mapping[str, Collection[str]]) -> Iterator[None]:
     except (ValueError, OSError, YAMLError) as error:
         # Hydra's own checks of its flags, and configuration files that cannot be read.
         raise InputError(one_line(str(error))) from None
-    sys.stderr.write(said.getvalue())
+    for text, stream in ((printed.getvalue(), sys.stdout), (said.getvalue(), sys.stderr)):
+        if text:
+            say(text, stream, end="")
 
 
 def _missing_option(error: MissingConfigException, choices: Mapping[str, Collection[str]]) -> str:

@@ -201,7 +201,7 @@ def load(argv: Sequence[str]) -> Config | None:
     if composed is None:
         return None
     config = _checked(composed.values)
-    if config.model.path is None and composed.groups["model"] != "demo":
+    if config.model.path is None and composed.groups.get("model", "demo") != "demo":
         if config.mode == "render":
             raise InputError(f"model.path: must name a model folder when model={composed.groups['model']}")
         if config.model.shape is None:
@@ -220,7 +220,8 @@ def resolve_sampling(config: Config, family: str) -> Sampling:
     values = {"scheduler": "", **of_family, **config.model.sampling, **config.sampling}
     missing = next((key for key in SAMPLING_RULES if key not in values), None)
     if missing is not None:
-        raise InputError(f"sampling.{missing}: must be given, {family} models have no default for it")
+        whose = f"{family} models have" if family else "the model has"
+        raise InputError(f"sampling.{missing}: must be given, {whose} no default for it")
     return Sampling(**values)
 
 
@@ -257,13 +258,14 @@ def _adopt_folder(config: DictConfig, groups: Mapping[str, str]) -> None:
     """A model folder that was named lends the run its name, and the demo's defaults are not meant for it."""
     path, name = OmegaConf.select(config, "model.path"), OmegaConf.select(config, "model.name")
     folder = path if isinstance(path, str) and path.strip() else None
-    if path is None and groups["model"] == TWIN:
+    group = groups.get("model", "demo")  # none: ~model, or a configuration file of the user's
+    if path is None and group == TWIN:
         OmegaConf.update(config, "model.path", str(demo_model(TWIN)))
-    if folder and groups["model"] in ("demo", TWIN):
+    if folder and group in ("demo", TWIN):
         OmegaConf.update(config, "model.sampling", None, merge=False)
-        name = None if name == groups["model"] else name
+        name = None if name == group else name
     if name is None:
-        base = os.path.basename(os.path.abspath(folder)) if folder else groups["model"]
+        base = os.path.basename(os.path.abspath(folder)) if folder else group
         plain = "".join(c if c.isalnum() or c in "._+-" else "-" for c in base)[:200].lstrip(".")
         OmegaConf.update(config, "model.name", plain or "model", force_add=True)
 

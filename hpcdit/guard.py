@@ -69,6 +69,8 @@ def run(main: Callable[[Callable[[float], None]], int]) -> NoReturn:
     child = os.fork()
     if child == 0:
         _die_with(guard)
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # whose traceback each rank would print
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
         code = main(lambda timeout_s: setattr(stands, "value", timeout_s + BEYOND_S))
         for number in (*FORWARDED, *LEFT_TO_WORK):  # how the run ends is decided; a mask would be this thread's alone

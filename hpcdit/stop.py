@@ -1,5 +1,6 @@
 """Requests to stop, as the batch system or a person sends them."""
 
+import os
 import signal
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -24,9 +25,13 @@ class StopRequest:
     _leave: bool = False
 
     def listen(self) -> None:
-        """From here on SIGTERM, SIGUSR1 (what Slurm sends before the time limit) and Ctrl-C are requests."""
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-            self._before[number] = signal.signal(number, self._note)
+        """From here on SIGTERM, SIGUSR1 (what Slurm sends before the time limit) and Ctrl-C are requests.
+
+        So is SIGHUP, of a terminal that is closed, but not where it is ignored (nohup).
+        """
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP):
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                self._before[number] = signal.signal(number, self._note)
 
     def __enter__(self) -> "StopRequest":
         """Listens until the end of the block."""
@@ -51,8 +56,9 @@ class StopRequest:
             raise Stopped(f"stopped on request ({self.by}); the same command resumes") from None
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT and self.by:  # twice: at once
-            raise KeyboardInterrupt
+        if number == signal.SIGINT and self.by:  # twice: at once; the guard has the other ranks of the host end, too
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
         self.by = signal.Signals(number).name
         if self._leave:
             self._leave = False

@@ -7,8 +7,13 @@ from typing import TextIO
 
 
 def say(text: str, stream: TextIO | None = None, end: str = "\n") -> None:
-    """Writes to stderr, or `stream`. One that nobody reads any more (`| head`) is given up: the run goes on."""
+    """Writes to stderr, or `stream`. One that nobody reads any more (`| head`) is given up: the run goes on.
+
+    What the stream's encoding has no letters for (in a folder's name, say) is written as \\u5706.
+    """
     stream = stream or sys.stderr
+    if encoding := getattr(stream, "encoding", None):
+        text = text.encode(encoding, "backslashreplace").decode(encoding)
     try:
         print(text, end=end, file=stream, flush=True)
     except OSError:

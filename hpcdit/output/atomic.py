@@ -22,7 +22,11 @@ def write(path: Path, data: bytes | memoryview, replace: bool = False) -> None:
     path = Path(path)
     if not replace and os.path.lexists(path):
         raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
-    temporary, descriptor = _reserve(path.parent)
+    try:
+        temporary, descriptor = _reserve(path.parent)
+    except OSError as error:
+        error.filename = str(path)  # what people know
+        raise
     try:
         rest = memoryview(data)
         while rest:

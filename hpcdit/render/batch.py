@@ -87,7 +87,7 @@ def prepare(config: Config, nodes: Sequence[int]) -> Batch:
     check_links(Path(config.output.dir))
     left, done = resume(config, folder, jobs)
     todo = tuple(job for job in left if config.queue.mine(job.index))
-    check_output(Path(config.output.dir), estimate_bytes(todo))
+    check_output(Path(config.output.dir), estimate_bytes(todo, config.trace.level > 0))
     return Batch(folder, todo, done, tuple(job for job in left if not config.queue.mine(job.index)))
 
 
@@ -127,7 +127,11 @@ def check_compression(way: str) -> None:
 def check_links(folder: Path) -> None:
     """Raises InputError where something in the output folder leads out of it; the folder itself may be a link."""
     for name in (*FILES, "videos", CLAIMS, CHECKPOINTS):
-        if (folder / name).is_symlink():
+        try:
+            link = (folder / name).is_symlink()
+        except OSError as error:  # a folder of somebody else's, on the way there
+            raise _unwritable(folder, error) from None
+        if link:
             raise InputError(
                 f"output.dir={folder}: {folder / name} is a symbolic link; allowed: one for the output folder itself"
             )
@@ -147,19 +151,24 @@ def check_output(folder: Path, need: int) -> None:
                 os.close(os.open(folder / name, os.O_WRONLY | os.O_NOFOLLOW | os.O_NONBLOCK))
         free = shutil.disk_usage(place).free
     except OSError as error:
-        raise InputError(f"output.dir={folder}: cannot be written: {error.filename}: {error.strerror}") from None
+        raise _unwritable(folder, error) from None
     if free < need:
         raise InputError(
             f"output.dir={folder}: the videos may need {need / 1e9:.3g} GB, {free / 1e9:.3g} GB are free on that disk;"
-            " allowed: a disk with more room, or fewer or smaller videos"
+            " allowed: a disk with more room, fewer or smaller videos, or trace.level=0 (a trace may take some MiB)"
         )
 
 
+def _unwritable(folder: Path, error: OSError) -> InputError:
+    return InputError(f"output.dir={folder}: cannot be written: {error.filename}: {error.strerror}")
+
+
 def _try_folder(there: Path) -> None:
-    """Raises OSError unless files can be made in `there`."""
+    """Raises OSError unless files can be made in `there`, and seen."""
     if not there.is_dir():
         raise NotADirectoryError(errno.ENOTDIR, "not a folder", str(there))
     try:
+        os.scandir(there).close()  # else finished videos would count as missing
         with tempfile.TemporaryFile(dir=there) as probe:
             probe.write(b"\0")
             probe.flush()
@@ -180,8 +189,12 @@ def output_folder(folder: Path, shared: bool = False) -> Iterator[Path]:
     videos = folder / "videos"
     made = [place for place in (videos, *videos.parents) if not os.path.lexists(place)]
     fresh = [folder / name for name in FILES if not (shared or os.path.lexists(folder / name))]
-    videos.mkdir(parents=True, exist_ok=True)
-    with open(folder / LOCK, "w", opener=lambda path, flags: os.open(path, flags | os.O_NOFOLLOW, 0o666)) as lock:
+    try:  # once more: the disk may have filled, or gone, since `check_output` looked
+        videos.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder / LOCK, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        raise _unwritable(folder, error) from None
+    with open(descriptor, "w") as lock:
         _hold(lock, folder, shared)
         for place in (folder, videos):
             atomic.clean(place)

@@ -112,9 +112,9 @@ def fits(jobs: Iterable[Job], defaults: Sampling, shape: ModelShape) -> None:
             raise InputError(f"{job.where}: {error}" if own else f"sampling.{error}") from None
 
 
-def estimate_bytes(jobs: Iterable[Job]) -> int:
+def estimate_bytes(jobs: Iterable[Job], traced: bool = True) -> int:
     """Disk space that the jobs' videos take at most: frames as they are, uncompressed, and traces."""
-    return sum(_frames_bytes(job.sampling) + trace_bytes(job.sampling) for job in jobs)
+    return sum(_frames_bytes(job.sampling) + traced * trace_bytes(job.sampling) for job in jobs)
 
 
 def trace_bytes(s: Sampling) -> int:

@@ -104,7 +104,7 @@ def log_memory(
 def summary(folder: Path, report: Report, there: int, most_failures: int | None) -> None:
     """What this run has made, what others have, and what is left in all."""
     tally, theirs = report.tally, Counter(report.tally.theirs.values())
-    text = f"{tally.done} videos done in {clock(report.seconds)}"
+    text = f"{tally.done} video{'s' * (tally.done != 1)} done in {clock(report.seconds)}"
     text += f", {there} were there" * bool(there)
     text += f", {theirs['done']} done by other runs" * bool(theirs["done"])
     text += f", {tally.failed} failed (see job.h5 and run.log)" * bool(tally.failed)

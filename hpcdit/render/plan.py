@@ -20,6 +20,8 @@ from ..planner.search import plan_batch
 from ..planner.workload import Workload
 from .manifest import fits, read
 
+FLOAT32_TFLOPS = 100  # more than any GPU makes of products in float32
+NOT_FLOAT32 = "The costs are of 16-bit numbers, float32 takes far longer: model.dtype=bfloat16, or your cluster.costs."
 ENCODERS_APART = "The text encoders stay on the host, and are brought in parts while they encode: else nothing fits."
 
 
@@ -52,7 +54,9 @@ def workload(
     def length(s: Sampling) -> int:
         return model.length(s.num_frames, s.height, s.width, s.max_sequence_length)
 
-    largest = max(sampling, key=lambda s: (length(s), s.steps))
+    # Of a hundred thousand videos few differ in more than their seeds.
+    sizes_of = {(s.num_frames, s.height, s.width, s.max_sequence_length, s.steps): s for s in sampling}
+    largest = max(sizes_of.values(), key=lambda s: (length(s), s.steps))
     sizes = largest.num_frames, largest.height, largest.width
     return Workload(
         tokens=length(largest),
@@ -115,9 +119,11 @@ def report(config: Config) -> str:
         fits(jobs, defaults, model)
         sampling = [job.sampling for job in jobs]
     sides = defaults.height, defaults.width
-    model.legal(defaults.num_frames, *sides, scheduler=defaults.scheduler, steps=defaults.steps)
-    if config.plan.videos:
-        sampling = (sampling * config.plan.videos)[: config.plan.videos]
+    try:
+        model.legal(defaults.num_frames, *sides, scheduler=defaults.scheduler, steps=defaults.steps)
+    except InputError as error:
+        raise InputError(f"sampling.{error}") from None
+    sampling = sampling[: config.plan.videos]
     keys, whose = planned_costs(config)
     costs = to_costs(keys)
     count, per_node = config.cluster.nodes or 1, config.cluster.ranks_per_node or 1
@@ -125,8 +131,12 @@ def report(config: Config) -> str:
     devices = config.model.device != "cpu"
     held = shelves(config.model.layers, nodes, devices)
     work = workload(model, sampling, config.model.dtype, config.parallel.batch, held)
+    work = replace(work, videos=config.plan.videos or work.videos)
     best, work = plan_fitting(work, nodes, costs, fixed(config.parallel), devices)
-    return "\n".join([_head(config, work, count, per_node, whose), *_chosen(best, work, costs, nodes)])
+    head = _head(config, work, count, per_node, whose)
+    if config.model.dtype == "float32" and max(keys["attention_tflops"], keys["matmul_tflops"]) > FLOAT32_TFLOPS:
+        head += f"{NOT_FLOAT32}\n"
+    return "\n".join([head, *_chosen(best, work, costs, nodes)])
 
 
 def _head(config: Config, work: Workload, nodes: int, per_node: int, whose: str) -> str:

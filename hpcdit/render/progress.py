@@ -149,7 +149,8 @@ class Report:
         if not self._view:
             say(f"{count}, {what}, {left}")
             return
-        rate = f", {tally.done / tally.elapsed * 3600:.3g} videos an hour" if tally.done and tally.elapsed else ""
+        hourly = tally.done / tally.elapsed * 3600 if tally.elapsed else 0.0
+        rate = f", {f'{hourly:.3g}' if hourly < 999.5 else f'{hourly:.0f}'} videos an hour" * (hourly > 0)
         failed = f", {tally.failed} failed" * bool(tally.failed)
         self._view.show(State(f"{count}{failed}{rate}, {left}", tally.share, self._at, self._failures), now)
 

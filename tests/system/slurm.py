@@ -165,4 +165,4 @@ class LongJob(Job):
             list(self.finished()) == ["a.h5", "c.h5" if instead else "b.h5"]
             and self.before.items() <= self.finished().items()
         )
-        assert "1 videos done" in self.said and "1 were there" in self.said
+        assert "1 video done" in self.said and "1 were there" in self.said

@@ -107,6 +107,11 @@ def test_a_writer_that_is_killed_while_busy_leaves_whole_files(delay: float, tmp
     assert not list(tmp_path.glob(".*"))
 
 
+def test_an_error_names_the_file_that_people_know(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=f"'{tmp_path}/none/x'"):
+        atomic.write(tmp_path / "none" / "x", b"")
+
+
 def test_a_file_that_is_there_is_kept(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_bytes(OLD)

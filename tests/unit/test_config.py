@@ -89,6 +89,8 @@ def test_a_family_without_defaults_wants_every_key() -> None:
     config = loaded("model.path=/models/x", "sampling.num_frames=9")
     with pytest.raises(InputError, match=r"sampling\.height: must be given"):
         resolve_sampling(config, "unheard-of")
+    with pytest.raises(InputError, match=r"height: must be given, the model has no default for it"):
+        resolve_sampling(config, "")
 
 
 def test_a_model_group_other_than_the_demo_needs_a_folder() -> None:
@@ -165,6 +167,7 @@ REFUSED: dict[str, tuple[Any, ...]] = {  # arguments, and what the line must hol
     "unknown key": (["steps=20"], "steps: unknown key", "did you mean sampling.steps?"),
     "misspelt key": (["sampling.stepz=3"], "sampling.stepz: unknown key", "did you mean sampling.steps?"),
     "added key": (["+sampling.more=3"], "sampling.more: unknown key"),
+    "removed group": (["~model"], "model.dtype=null: must be float32, bfloat16 or float16"),
     "removed key": (["~transport.timeout_s"], "transport.timeout_s=null: must be a number, more than 0"),
     "unknown option": (
         ["model=foo"],
@@ -256,6 +259,22 @@ REFUSED: dict[str, tuple[Any, ...]] = {  # arguments, and what the line must hol
 }
 
 
+def test_a_working_folder_that_is_gone_is_one_line(tmp_path: Path) -> None:
+    code = (
+        "import os; from hpcdit.config import load; os.mkdir('x'); os.chdir('x'); os.rmdir('../x')\n"
+        "try: load([])\nexcept Exception as error: print(repr(error))"
+    )
+    root = str(Path(__file__).resolve().parents[2])
+    ended = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": root},
+        text=True,
+        capture_output=True,
+    )
+    assert ended.stdout.startswith("InputError('the folder that this was started in is gone"), ended.stderr
+
+
 @pytest.mark.parametrize("case", REFUSED)
 def test_bad_input_is_one_line_that_names_it(case: str, empty_folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     argv, *parts = REFUSED[case]
@@ -306,6 +325,9 @@ def test_help_names_every_key_and_the_groups(capsys: pytest.CaptureFixture[str],
     text = capsys.readouterr().out
     missing = [key for key in RULES if not key.startswith(("model.sampling.", "model.shape.")) and key not in text]
     assert missing == []
+    described = {words[0]: line for line in text.splitlines() if (words := line.split())}
+    short = {key: rule.choices for key, rule in RULES.items() if key in described and "true" not in rule.choices}
+    assert [(key, word) for key, words in short.items() for word in words if word not in described[key]] == []
     assert "model: cogvideox, demo, demo-image, flux, hunyuanvideo, hunyuanvideo15, ltx, mochi, qwenimage, wan" in text
     assert list(empty_folder.iterdir()) == []
 

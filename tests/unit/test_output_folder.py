@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -84,6 +85,36 @@ def test_a_video_that_is_no_file_is_refused_unopened_and_in_the_index_it_has_fai
 def test_a_file_where_a_folder_is_wanted_is_refused(name: str, out: Path) -> None:
     (out / name).touch()
     assert refusal(out).endswith(f"{out / name}: not a folder")
+
+
+def test_videos_without_traces_want_less_of_the_disk(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    room = 3 * 33 * 96 * 96
+    monkeypatch.setattr(batch.shutil, "disk_usage", lambda place: SimpleNamespace(free=room))
+    assert "0.000912 GB are free on that disk" in refusal(out)
+    config = load([f"prompts={out.parent / 'p.jsonl'}", f"output.dir={out}", "trace.level=0"])
+    assert config is not None and len(prepare(config, [0]).todo) == 1
+
+
+@pytest.mark.parametrize("where, name, blamed", [(Path, "is_symlink", batch.LOCK), (os, "scandir", "")])
+def test_a_folder_that_may_not_be_looked_into_is_one_line(
+    where: object, name: str, blamed: str, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = getattr(where, name)
+
+    def denied(path: Path) -> object:
+        if out in (path, path.parent):
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(where, name, denied)  # modes do not keep root out
+    assert refusal(out) == f"output.dir={out}: cannot be written: {out / blamed}: Permission denied"
+
+
+@pytest.mark.parametrize("name", ["videos", batch.LOCK])
+def test_a_folder_that_can_no_longer_be_made_when_the_run_begins_is_one_line(name: str, out: Path) -> None:
+    (out / name).symlink_to("nowhere")  # as good as a disk that filled meanwhile
+    with pytest.raises(InputError, match=rf"output\.dir={out}: cannot be written: {out / name}: "):
+        output_folder(out).__enter__()
 
 
 @pytest.mark.parametrize("name", batch.FILES)

@@ -101,6 +101,8 @@ def test_the_disk_space_asked_for_holds_all_frames_uncompressed(tmp_path: Path) 
     frames = 9 * 1600 * 1600 * 3
     assert frames < one < frames * 1.3 + (4 << 20)
     assert estimate_bytes(()) == 0
+    bare = estimate_bytes(jobs_of(tmp_path, "a\n", ".txt", height=1600, width=1600), traced=False)
+    assert bare == frames
 
 
 def test_however_many_ranks_record_a_trace_takes_no_more_than_was_asked_for() -> None:

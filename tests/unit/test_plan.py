@@ -4,13 +4,14 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from hpcdit.app import main
 from hpcdit.config import load, resolve_sampling
-from hpcdit.render.plan import report, workload
+from hpcdit.render.plan import NOT_FLOAT32, report, workload
 from tests.unit.test_shape import WAN
 
 BIG = ("mode=plan", "model=wan2.1-14b", "model.dtype=bfloat16", "sampling.height=720", "sampling.width=1280")
@@ -49,6 +50,14 @@ def test_one_s_own_figures_change_the_plan() -> None:
     assert "4 replicas" in chosen
 
 
+def test_a_plan_says_when_its_costs_are_of_smaller_numbers_than_the_model_s() -> None:
+    said = NOT_FLOAT32
+    assert said in planned("model=wan2.1-14b", "cluster=one-node")
+    assert said not in planned(*BIG, "cluster=one-node")
+    own = ("cluster.costs.attention_tflops=40", "cluster.costs.matmul_tflops=50")
+    assert said not in planned("model=wan2.1-14b", "cluster=one-node", *own)
+
+
 def test_the_batch_is_the_prompts_file_s_or_as_large_as_is_said(tmp_path: Path) -> None:
     prompts = tmp_path / "p.jsonl"
     rows = [{"prompt": "a"}, {"prompt": "b", "num_frames": 41}, {"prompt": "c", "steps": 20}]
@@ -56,6 +65,12 @@ def test_the_batch_is_the_prompts_file_s_or_as_large_as_is_said(tmp_path: Path) 
     assert "3 videos of 32760 tokens" in planned("model=wan2.1-14b", f"prompts={prompts}")
     assert "7 videos of 32760 tokens" in planned("model=wan2.1-14b", f"prompts={prompts}", "plan.videos=7")
     assert "demo, float32: 1 video of 324 tokens" in planned()
+
+
+def test_a_plan_of_a_million_videos_takes_no_longer() -> None:
+    start = time.process_time()
+    assert "1000000 videos of 324 tokens" in planned("plan.videos=1000000")
+    assert time.process_time() - start < 3
 
 
 def test_a_batch_is_planned_for_its_largest_video() -> None:
@@ -71,6 +86,7 @@ def test_a_batch_is_planned_for_its_largest_video() -> None:
 def test_what_cannot_be_planned_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert "cluster=9x9: no such option" in refused(capsys, "mode=plan", "cluster=9x9")
     assert "their product must be the 32 ranks" in refused(capsys, *BIG, "cluster=4x8-h100", "parallel.ulysses=3")
+    assert "hpcdit: sampling.num_frames: 34 is a size" in refused(capsys, "mode=plan", "sampling.num_frames=34")
     assert "no layout fits" in refused(capsys, *BIG, "cluster=4x8-a100", "cluster.costs.memory_gb=20")
     assert "parallel.replicas=3" in refused(capsys, *BIG, "cluster=4x8-h100", "parallel.replicas=3")
     assert "parallel.groups=41" in refused(capsys, *BIG, "cluster=4x8-h100", "parallel.groups=41")

@@ -70,7 +70,7 @@ def test_a_terminal_shows_groups_and_failures_in_one_place(
     report.close()
     text = capsys.readouterr().err
     screen = Screen(text).lines
-    assert screen[0].startswith("1/3 videos, 1 failed, ") and "videos an hour" in screen[0]
+    assert screen[0].startswith("1/3 videos, 1 failed, ") and re.search(r" \d+ videos an hour", screen[0])
     assert screen[2].startswith("0 a ") and screen[2].endswith("step 3/4") and screen[3].startswith("1 b +1 ")
     assert screen[4].startswith("b failed: no memory no memory ") and screen[5:] == [""], (
         "nothing is left of earlier drawings"
@@ -126,6 +126,6 @@ def test_what_other_runs_have_made_is_told_apart_and_counts_in_what_is_left(
     report.close()
     notes.summary(tmp_path, report, there=1, most_failures=None)
     assert capsys.readouterr().out.startswith(
-        "hpcdit: 1 videos done in 5 min 8 s, 1 were there, 3 done by other runs, 1 failed in other runs (see job.h5),"
+        "hpcdit: 1 video done in 5 min 8 s, 1 were there, 3 done by other runs, 1 failed in other runs (see job.h5),"
         " 1 left to runs that are at work"
     )
