@@ -21,6 +21,8 @@ from .plan import ENCODERS_APART
 from .planner import Planner
 from .progress import Report, clock
 
+LARGE = 10**9  # weights, of models that nobody trains in float32
+
 
 def log_processes(world: World, cluster: Cluster, report: Report | None) -> None:
     """Names every rank's process in the log, for the person who looks for it on its host."""
@@ -47,6 +49,17 @@ def warn_untimed(trace: Trace, device: Device, graph: bool, report: Report) -> N
             "trace.level=2: this torch has no events in CUDA graphs, only passes are timed;"
             " allowed: a later torch, or model.graph=false"
         )
+
+
+def warn_float32(device: Device, dtype: str, weights: int, report: Report) -> None:
+    """The default is what a CPU computes in, and what small models need; large ones were trained in 16 bits."""
+    if device.cuda and dtype == "float32" and weights > LARGE:
+        said = (
+            "model.dtype=float32: a GPU makes products of 16-bit numbers many times as fast, in half the memory;"
+            " model.dtype=bfloat16 is what models of this size are made for"
+        )
+        report.log.warning(said)
+        say(f"hpcdit: {said}")
 
 
 def warn_unguided(batch: Batch, cfg: int, adapter: Adapter, report: Report) -> None:

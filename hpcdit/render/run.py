@@ -73,6 +73,7 @@ def _render(run: Run) -> None:
     if run.report:
         run.report.log.info("device: %s; transport: %s", machine.device.name, links.transport.describe())
         notes.warn_untimed(machine.trace, machine.device, graphed(run, machine, links), run.report)
+        notes.warn_float32(machine.device, run.config.model.dtype, run.batch.shape.weights, run.report)
         notes.log_plan(machine.planner, run.report)
         notes.warn_unguided(run.batch, machine.planner.batch.cfg, adapter, run.report)
     loop = engine(run, machine, links, adapter)

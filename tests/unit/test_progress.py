@@ -4,6 +4,8 @@ import logging
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -129,3 +131,17 @@ def test_what_other_runs_have_made_is_told_apart_and_counts_in_what_is_left(
         "hpcdit: 1 video done in 5 min 8 s, 1 were there, 3 done by other runs, 1 failed in other runs (see job.h5),"
         " 1 left to runs that are at work"
     )
+
+
+@pytest.mark.parametrize(
+    ("cuda", "dtype", "weights", "said"),
+    [(True, "float32", 2 * 10**9, 1), (False, "float32", 2 * 10**9, 0), (True, "bfloat16", 2 * 10**9, 0),
+     (True, "float32", 4 * 10**6, 0)],
+)  # fmt: skip
+def test_large_models_in_float32_on_gpus_are_spoken_of(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], cuda: bool, dtype: str, weights: int, said: int
+) -> None:
+    report = progress.Report(Index(tmp_path, []), logging.Logger("test"), {}, there=0)
+    device: Any = SimpleNamespace(cuda=cuda)
+    notes.warn_float32(device, dtype, weights, report)
+    assert capsys.readouterr().err.count("hpcdit: model.dtype=float32: ") == said
