@@ -75,8 +75,8 @@ def groupings(nodes: Sequence[int], guided: bool, fixed: Fixed) -> list[Group]:
         given = [f"parallel.{key}={value}" for key in ("replicas", "cfg") if (value := getattr(fixed, key)) is not None]
         most = ranks // (fixed.cfg or 1) if ranks % (fixed.cfg or 1) == 0 else ranks
         raise InputError(
-            f"{' '.join(given)}: groups of equal size are needed from {ranks} ranks; allowed: replicas x cfg that"
-            f" divides {ranks}, as {', '.join(map(str, divisors(most)[:12]))}"
+            f"{' '.join(given)}: groups of equal size are needed from {ranks} rank{'s' * (ranks != 1)};"
+            f" allowed: replicas x cfg that divides {ranks}, as {', '.join(map(str, divisors(most)[:12]))}"
         )
     return found
 
