@@ -28,20 +28,18 @@ FORMAT = "a checkpoint folder in diffusers' format"
 class ModelShape:
     """The numbers of a model that layouts and sizes depend on.
 
-    patch: latent (frames, rows, columns) of one token; vae_temporal, vae_spatial: pixels per latent along
-    time and along height and width; max_patches: tokens in one direction that its rotary table has rows for;
-    multiple: what the family's pipeline asks of height and width beyond that; frame_multiple: that of the frames after
-    the first; ffn_dim: width of the feed-forward
-    layers. images: whether it makes images, which are videos of one frame; image: whether it starts from one; joint:
-    whether the text's tokens are attended together with the video's, in one sequence; beside: tokens of the
-    text beside those of max_sequence_length; text: the only max_sequence_length that the model takes, 0 where it is
-    free; only: the only height and width, where they are not free; most: the largest, where each has a table of its
-    own; before: latent frames that are denoised before those of the video, to make whole patches; least_steps: fewer
-    its pipeline has no noise levels for. classifier_free: whether guidance takes two predictions. schedulers: the
-    classes that it can be denoised by, () where that is not
-    known. weights, vae_weights: numbers in all that is loaded but the VAE, and in the
-    VAE, which stays in float32; layer_weights, largest_layer: in all layers of the transformers, and in the largest;
-    encoder_weights: in the text encoders; 0 where there is no checkpoint.
+    patch: latent (frames, rows, columns) of one token; vae_temporal, vae_spatial: pixels per latent along time and
+    along height and width; max_patches: tokens in one direction that its rotary table has rows for; multiple: what the
+    family's pipeline asks of height and width beyond that; frame_multiple: that of the frames after the first; ffn_dim:
+    width of the feed-forward layers. images: whether it makes images, which are videos of one frame; image: whether it
+    starts from one; joint: whether the text's tokens are attended together with the video's, in one sequence; beside:
+    tokens of the text beside those of max_sequence_length; text: the only max_sequence_length that the model takes, 0
+    where it is free; only: the only height and width, where they are not free; most: the largest, where each has a
+    table of its own; before: latent frames that are denoised before those of the video, to make whole patches;
+    least_steps: fewer its pipeline has no noise levels for. classifier_free: whether guidance takes two predictions.
+    schedulers: the classes that it can be denoised by, () where that is not known. weights, vae_weights: numbers in all
+    that is loaded but the VAE, and in the VAE, which stays in float32; layer_weights, largest_layer: in all layers of
+    the transformers, and in the largest; encoder_weights: in the text encoders; 0 where there is no checkpoint.
     """
 
     layers: int
@@ -128,10 +126,10 @@ class ModelShape:
 class ModelFolder:
     """A checked checkpoint.
 
-    pipeline: the class in model_index.json, and `index` what that file says; parts: the components' configurations
-    with diffusers' defaults filled in. weights: numbers in each part that has some; layers: in each layer of its
-    transformers, one after the other; files: bytes of each file that
-    counts, by its name relative to `path`; fingerprint: of their content, see `weights.fingerprint`.
+    pipeline: the class in model_index.json, and `index` what that file says; parts: the components' configurations with
+    diffusers' defaults filled in. weights: numbers in each part that has some; layers: in each layer of its
+    transformers, one after the other; files: bytes of each file that counts, by its name relative to `path`;
+    fingerprint: of their content, see `weights.fingerprint`.
     """
 
     path: Path
